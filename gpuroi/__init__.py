@@ -1,0 +1,54 @@
+"""Statistical brain maps to regions, on a GPU or a CPU, with identical labels.
+
+``extract_regions`` is the whole way from a map to labels and a table; ``gpuroi.image``,
+``gpuroi.regions`` and ``gpuroi.datasets`` replace nilearn's modules of the same names;
+``gpuroi.arrays`` works on NumPy and CuPy arrays. Names load what they need when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpuroi import arrays, datasets, errors, image, regions, testing
+    from gpuroi.backends import available_backends, get_backend
+    from gpuroi.extract import extract_regions
+    from gpuroi.result import Regions
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Regions": "gpuroi.result",
+    "available_backends": "gpuroi.backends",
+    "extract_regions": "gpuroi.extract",
+    "get_backend": "gpuroi.backends",
+}
+_SUBMODULES = ("arrays", "datasets", "errors", "image", "regions", "testing")
+
+__all__ = [
+    "Regions",
+    "__version__",
+    "arrays",
+    "available_backends",
+    "datasets",
+    "errors",
+    "extract_regions",
+    "get_backend",
+    "image",
+    "regions",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"gpuroi.{name}")
+    else:
+        raise AttributeError(f"module 'gpuroi' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

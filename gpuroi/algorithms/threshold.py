@@ -1,0 +1,150 @@
+"""Percentiles and cut-offs, exact and the same on every backend."""
+
+import math
+import numbers
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuroi.backends import Backend, _keys
+from gpuroi.types import Array, FloatArray, Tail
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A threshold as asked for: a percentile, or a value in the units of the map."""
+
+    value: float
+    is_percentile: bool
+
+    def __str__(self) -> str:
+        return f"{self.value:g}%" if self.is_percentile else f"{self.value:g}"
+
+
+def parse_threshold(threshold: float | str) -> Threshold:
+    """Return `threshold` understood: ``"97%"`` is a percentile, a number is a value.
+
+    Raises
+    ------
+    ValueError
+        If a string is not a number from 0 to 100 followed by a percent sign, or a number is NaN.
+    TypeError
+        If it is neither a string nor a real number (True and False are not).
+    """
+    if isinstance(threshold, str):
+        accepted = "pass a percentile such as '97%' (0% to 100%), or a number in map units"
+        number = threshold.strip().removesuffix("%")
+        try:
+            value = float(number)
+        except ValueError:
+            raise ValueError(f"threshold={threshold!r} has no number; {accepted}.") from None
+        if not threshold.strip().endswith("%"):
+            raise ValueError(
+                f"threshold={threshold!r} has no percent sign; pass '{number}%' for a percentile "
+                f"or the number {number} for a value in map units."
+            )
+        if not 0 <= value <= 100:
+            raise ValueError(f"threshold={threshold!r} is outside 0% to 100%; {accepted}.")
+        return Threshold(value, is_percentile=True)
+    if isinstance(threshold, bool | np.bool_) or not isinstance(threshold, numbers.Real):
+        raise TypeError(
+            f"threshold={threshold!r} is a {type(threshold).__name__}; pass a percentile such as "
+            "'97%', or a number in map units."
+        )
+    if math.isnan(threshold):
+        raise ValueError(f"threshold={threshold!r} is not a number that voxels can reach.")
+    return Threshold(float(threshold), is_percentile=False)
+
+
+def percentile_scores(
+    backend: Backend,
+    maps: Array,
+    percentile: float,
+    tail: Tail,
+    population: Array | None = None,
+    *,
+    nonzero_only: bool = False,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return each volume's percentile of magnitudes in `tail`, and how many voxels were ranked.
+
+    Parameters
+    ----------
+    maps : float array (B, X, Y, Z) of `backend`
+    tail : {"both", "positive", "negative"}
+        Ranks ``abs(x)`` of all voxels, of those at or above zero, or of those at or below zero.
+    population : bool array (B, X, Y, Z) of `backend`, optional
+        Ranks only these voxels.
+    nonzero_only : bool
+        Ranks no voxels at zero.
+
+    Returns
+    -------
+    scores : float64 array (B,) on the host
+        Equal to `scipy.stats.scoreatpercentile` of the ranked magnitudes; NaN where none is.
+    n_ranked : int64 array (B,)
+    """
+    members = population
+    for condition in _conditions(maps, tail, nonzero_only):
+        members = condition if members is None else members & condition
+    if members is None:
+        n_ranked = np.full(len(maps), maps[0].size, np.int64)
+    else:
+        n_ranked = backend.to_host(members.reshape(len(maps), -1).sum(axis=1)).astype(np.int64)
+    scores = np.full(len(maps), np.nan)
+    somebody = np.flatnonzero(n_ranked)
+    if somebody.size == 0:
+        return scores, n_ranked
+    if somebody.size < len(maps):
+        chosen = backend.xp.asarray(somebody)
+        maps, members = maps[chosen], members[chosen]
+
+    # The float64 arithmetic of scoreatpercentile, in its order.
+    last = n_ranked[somebody] - 1
+    place = percentile / 100.0 * last
+    lower = place.astype(np.int64)
+    upper = np.minimum(lower + 1, last)
+    statistics = backend.order_statistics(
+        maps, np.stack([lower, upper], axis=1), absolute=tail != "positive", population=members
+    ).astype(np.float64)
+    lower_weight = (lower + 1) - place
+    upper_weight = place - lower
+    between = statistics[:, 0] * lower_weight + statistics[:, 1] * upper_weight
+    scores[somebody] = np.where(
+        place == lower, statistics[:, 0], between / (lower_weight + upper_weight)
+    )
+    return scores, n_ranked
+
+
+def _conditions(maps: Array, tail: Tail, nonzero_only: bool) -> Iterator[Array]:
+    """Yield where voxels lie in `tail`, zero included, and where they are not zero, if asked.
+
+    By the bits, because devices flush denormals to zero when they compare floats.
+    """
+    if tail == "both" and not nonzero_only:
+        return
+    zero = _keys.magnitude(maps) == 0
+    if tail != "both":
+        is_negative = _keys.bits(maps) < 0
+        yield zero | (is_negative if tail == "negative" else ~is_negative)
+    if nonzero_only:
+        yield ~zero
+
+
+def cutoff_above(scores: NDArray[np.float64], dtype: np.dtype) -> FloatArray:
+    """Return the smallest values of `dtype` above `scores`, so that ``x >= cutoff`` is ``x > score``.
+
+    Strictly above the percentile, so that zeros stay background when most of a map is zero, and a
+    constant map has no region. NaN, the score of nobody, gives infinity: no voxel reaches it.
+    """
+    rounded = np.maximum(scores, 0).astype(dtype)
+    above = np.where(rounded > scores, rounded, np.nextafter(rounded, dtype.type(np.inf)))
+    return np.where(np.isnan(scores), dtype.type(np.inf), above).astype(dtype)
+
+
+def cutoff_at(value: float, n: int, dtype: np.dtype) -> FloatArray:
+    """Return `value`, rounded to `dtype` and at least its smallest number above zero, n times."""
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(value).astype(dtype)
+    return np.full(n, max(rounded, np.finfo(dtype).smallest_subnormal), dtype)

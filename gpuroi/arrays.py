@@ -1,0 +1,203 @@
+"""The array door: for volumes that are arrays already, on the host or on the device.
+
+NumPy in, NumPy out; CuPy in, CuPy out, and nothing crosses to the host but scalars. Arrays are
+volumes ``(X, Y, Z)`` or batches ``(B, X, Y, Z)``, of any real dtype; results have the same shape.
+Voxels that are NaN or infinite are background and rank as zero.
+"""
+
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuroi.algorithms.threshold import percentile_scores
+from gpuroi.backends import Backend, _keys, get_backend
+from gpuroi.types import CONNECTIVITIES, TAILS, Array, Connectivity, Tail
+
+__all__ = ["label", "percentile_cutoff", "region_sizes", "remove_small", "threshold"]
+
+
+def percentile_cutoff(
+    maps: Array, percentile: float, *, tail: Tail = "both", population: Array | None = None
+) -> float | NDArray[np.float64]:
+    """Return the exact percentile of the magnitudes of each volume.
+
+    Parameters
+    ----------
+    maps : real array (X, Y, Z) or (B, X, Y, Z)
+    percentile : float
+        From 0 to 100.
+    tail : {"both", "positive", "negative"}
+        Ranks the magnitudes of all voxels, of those at or above zero, or at or below zero.
+    population : bool array, optional
+        Ranks only these voxels; of the shape of `maps`, or of one volume for all of them.
+
+    Returns
+    -------
+    float, or float64 NumPy array (B,) for a batch
+        `scipy.stats.scoreatpercentile` bit for bit; NaN where nobody is ranked.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpuroi import arrays
+    >>> arrays.percentile_cutoff(np.arange(-4.0, 5.0).reshape(3, 3, 1), 50)
+    2.0
+    """
+    if not 0 <= percentile <= 100:
+        raise ValueError(f"percentile={percentile!r} is outside 0 to 100.")
+    backend, batch = _batch(maps)
+    check_choice("tail", tail, TAILS)
+    if population is not None:
+        population = backend.xp.broadcast_to(backend.xp.asarray(population, bool), batch.shape)
+    scores, _ = percentile_scores(backend, batch, percentile, tail, population)
+    return scores if maps.ndim == 4 else float(scores[0])
+
+
+def threshold(maps: Array, cutoff: float | Array, *, tail: Tail = "both") -> Array:
+    """Return `maps` with every voxel short of `cutoff` set to zero, in the dtype of `maps`.
+
+    `cutoff` is a magnitude above zero, one for all volumes or one each (B,); voxels are compared in
+    float32 for float32 (and float16, and integers up to 16 bits) and in float64 for all others.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpuroi import arrays
+    >>> arrays.threshold(np.array([[[-3.0, 1.0, 2.0]]]), 2.0, tail="positive")
+    array([[[0., 0., 2.]]])
+    """
+    backend, batch = _batch(maps)
+    check_choice("tail", tail, TAILS)
+    reached = _keys.reaches(backend.xp, batch, _cutoffs(backend, batch, cutoff), tail)
+    return backend.xp.where(reached.reshape(maps.shape), maps, maps.dtype.type(0))
+
+
+def label(
+    maps: Array,
+    cutoff: float | Array,
+    *,
+    tail: Tail = "both",
+    connectivity: Connectivity = 6,
+    min_voxels: int = 1,
+) -> tuple[Array, Array]:
+    """Return the labels of the regions at or beyond `cutoff`, and how many there are.
+
+    Parameters
+    ----------
+    maps : real array (X, Y, Z) or (B, X, Y, Z)
+    cutoff : float or array (B,)
+        A magnitude above zero, compared as in `threshold`.
+    tail : {"both", "positive", "negative"}
+        With ``"both"``, voxels of opposite signs never join one region.
+    connectivity : {6, 18, 26}
+        Neighbours that join: by faces, edges too, corners too.
+    min_voxels : int
+        Smaller regions become background.
+
+    Returns
+    -------
+    labels : int32 array of the shape of `maps`
+        0 is background; 1..n by first voxel in C order, in each volume.
+    counts : int32 array () or (B,)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpuroi import arrays
+    >>> labels, count = arrays.label(np.array([[[3.0, 0.0, 4.0, -4.0]]]), 2.0)
+    >>> labels
+    array([[[1, 0, 2, 3]]], dtype=int32)
+    """
+    backend, batch = _batch(maps)
+    labels, counts = backend.components(
+        batch,
+        _cutoffs(backend, batch, cutoff),
+        check_choice("tail", tail, TAILS),
+        check_choice("connectivity", connectivity, CONNECTIVITIES),
+        min_voxels,
+    )
+    return (labels, counts) if maps.ndim == 4 else (labels[0], counts[0])
+
+
+def region_sizes(labels: Array) -> Array:
+    """Return the number of voxels of labels 0..n of a volume (X, Y, Z), background first.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpuroi import arrays
+    >>> arrays.region_sizes(np.array([[[1, 0, 2, 2]]]))
+    array([1, 1, 2])
+    """
+    backend, _ = _batch(labels)
+    if labels.ndim != 3:
+        raise ValueError(f"labels have shape {labels.shape}; pass one volume (X, Y, Z).")
+    if labels.dtype.kind not in "iub":
+        raise TypeError(f"labels are {labels.dtype}; pass integers.")
+    return backend.xp.bincount(labels.ravel())
+
+
+def remove_small(labels: Array, min_voxels: int) -> Array:
+    """Return the labels of a volume (X, Y, Z) without regions under `min_voxels`.
+
+    The others are renumbered 1..n in the same order, in int32.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpuroi import arrays
+    >>> arrays.remove_small(np.array([[[1, 0, 2, 2]]]), 2)
+    array([[[0, 0, 1, 1]]], dtype=int32)
+    """
+    sizes = region_sizes(labels)
+    xp = _batch(labels)[0].xp
+    kept = (sizes >= max(1, min_voxels)).astype(xp.int32)
+    kept[:1] = 0
+    return (xp.cumsum(kept) * kept).astype(xp.int32)[labels]
+
+
+def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> Any:
+    """Return `value` if it is one of `accepted`; `name` is the parameter it was passed as."""
+    if value not in accepted:
+        choices = ", ".join(repr(choice) for choice in accepted)
+        raise ValueError(f"{name}={value!r} is not one of {choices}.")
+    return value
+
+
+def computable(maps: Array) -> Array:
+    """Return `maps` as finite float32 or float64, whichever holds all their values.
+
+    64-bit integers beyond 2**53 are rounded. NaN and infinities become zero.
+    """
+    if maps.dtype.kind not in "fiub":
+        raise TypeError(f"maps are {maps.dtype}; pass real numbers.")
+    kind, size = maps.dtype.kind, maps.dtype.itemsize
+    fits_single = size <= 2 or (kind == "f" and size == 4)
+    return maps.astype(np.float32 if fits_single else np.float64, copy=False)
+
+
+def _batch(maps: Array) -> tuple[Backend, Array]:
+    """Return the backend in whose memory `maps` lie, and `maps` as a batch for its verbs."""
+    if isinstance(maps, np.ndarray):
+        backend = get_backend("cpu")
+    elif type(maps).__module__.partition(".")[0] == "cupy":
+        backend = get_backend("cuda")
+    else:
+        raise TypeError(f"{type(maps).__name__} is no array of a backend; pass NumPy or CuPy.")
+    if maps.ndim not in (3, 4):
+        raise ValueError(f"maps have shape {maps.shape}; pass (X, Y, Z) or (B, X, Y, Z).")
+    xp = backend.xp
+    batch = xp.ascontiguousarray(computable(maps))
+    finite = xp.isfinite(batch)
+    batch = xp.where(finite, batch, batch.dtype.type(0))
+    return backend, batch.reshape((-1, *maps.shape[-3:]))
+
+
+def _cutoffs(backend: Backend, batch: Array, cutoff: float | Array) -> NDArray[np.floating]:
+    if not isinstance(cutoff, np.ndarray | float | int):
+        cutoff = backend.to_host(cutoff)
+    cutoffs = np.broadcast_to(np.asarray(cutoff, np.float64), len(batch)).astype(batch.dtype)
+    if not (cutoffs > 0).all():
+        raise ValueError(f"cutoff={cutoff!r} is not above zero; voxels at zero are background.")
+    return cast(NDArray[np.floating], cutoffs)

@@ -1,0 +1,168 @@
+"""The CPU backend: NumPy and SciPy, with connected-components-3d for labels where installed."""
+
+import contextlib
+import importlib.metadata
+import platform
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from gpuroi.backends._runs import label_runs
+from gpuroi.backends._select import order_statistic
+from gpuroi.types import Connectivity, FloatArray, Tail
+
+try:
+    import cc3d
+except ImportError:
+    cc3d = None
+
+
+def load() -> "CpuBackend":
+    """Return the CPU backend, which can run everywhere."""
+    return CpuBackend()
+
+
+class CpuBackend:
+    """One volume after the other, on the indices of the foreground wherever that is shorter."""
+
+    name = "cpu"
+    xp: ModuleType = np
+    batch_bytes = 1  # one volume: it stays in the cache from verb to verb
+
+    def __init__(self, use_cc3d: bool = True) -> None:
+        self.device = _processor()
+        self._cc3d = cc3d if use_cc3d else None
+        packages = ["numpy", "scipy"] + ["connected-components-3d"] * (self._cc3d is not None)
+        self._versions = {package: importlib.metadata.version(package) for package in packages}
+
+    def versions(self) -> dict[str, str]:
+        """See `gpuroi.backends.Backend.versions`."""
+        return self._versions
+
+    def to_device(self, host: NDArray[np.generic]) -> NDArray[np.generic]:
+        """See `gpuroi.backends.Backend.to_device`."""
+        return np.ascontiguousarray(host)
+
+    def to_host(self, array: NDArray[np.generic]) -> NDArray[np.generic]:
+        """See `gpuroi.backends.Backend.to_host`."""
+        return array
+
+    def order_statistics(
+        self,
+        maps: FloatArray,
+        ranks: NDArray[np.int64],
+        absolute: bool,
+        population: NDArray[np.bool_] | None,
+    ) -> FloatArray:
+        """See `gpuroi.backends.Backend.order_statistics`."""
+        statistics = np.empty(ranks.shape, maps.dtype)
+        for b, volume in enumerate(maps):
+            values = volume.ravel() if population is None else volume[population[b]]
+            statistics[b] = order_statistic(np.abs(values) if absolute else values, ranks[b])
+        return statistics
+
+    def components(
+        self,
+        maps: FloatArray,
+        cutoffs: FloatArray,
+        tail: Tail,
+        connectivity: Connectivity,
+        min_voxels: int,
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """See `gpuroi.backends.Backend.components`."""
+        labels = np.zeros(maps.shape, np.int32)
+        counts = np.empty(len(maps), np.int32)
+        for b, volume in enumerate(maps):
+            signs = _signs(volume, cutoffs[b], tail)
+            foreground, component, n_components = self._label(signs, connectivity)
+            new_label, counts[b] = _numbering(foreground, component, n_components, min_voxels)
+            labels[b].ravel()[foreground] = new_label[component]
+        return labels, counts
+
+    def _label(
+        self, signs: NDArray[np.int8], connectivity: Connectivity
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
+        if self._cc3d is None:
+            return label_runs(signs, connectivity)
+        labels, n_components = self._cc3d.connected_components(
+            signs, connectivity=connectivity, return_N=True
+        )
+        foreground = np.flatnonzero(signs)
+        return foreground, labels.ravel()[foreground].astype(np.int32) - 1, n_components
+
+    def smooth(self, maps: FloatArray, sigma_voxels: tuple[float, float, float]) -> FloatArray:
+        """See `gpuroi.backends.Backend.smooth`."""
+        smoothed = maps.copy()
+        for volume in smoothed:
+            for axis, sigma in enumerate(sigma_voxels):
+                if sigma > 0:
+                    ndimage.gaussian_filter1d(volume, sigma, axis=axis, output=volume)
+        return smoothed
+
+    def local_maxima(
+        self, maps: FloatArray, distance: int, floors: FloatArray
+    ) -> NDArray[np.int32]:
+        """See `gpuroi.backends.Backend.local_maxima`."""
+        seeds = np.empty(maps.shape, np.int32)
+        for b, volume in enumerate(maps):
+            ndimage.label(_window_maxima(volume, distance, floors[b]), output=seeds[b])
+        return seeds
+
+
+def _processor() -> str:
+    """Return the model of the processor where the system tells, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _signs(volume: FloatArray, cutoff: np.floating, tail: Tail) -> NDArray[np.int8]:
+    """Return 1 where `volume` reaches the cut-off, -1 where it does below zero, else 0."""
+    if tail == "positive":
+        return (volume >= cutoff).view(np.int8)
+    if tail == "negative":
+        return (volume <= -cutoff).view(np.int8)
+    signs = (volume >= cutoff).view(np.int8)
+    signs -= (volume <= -cutoff).view(np.int8)
+    return signs
+
+
+def _numbering(
+    foreground: NDArray[np.int64],
+    component: NDArray[np.int32],
+    n_components: int,
+    min_voxels: int,
+) -> tuple[NDArray[np.int32], int]:
+    """Return each component's label, 0 for a small one and 1..n by first voxel, and n."""
+    sizes = np.bincount(component, minlength=n_components)
+    kept = np.flatnonzero(sizes >= min_voxels)
+    first_voxel = np.empty(n_components, np.int64)
+    first_voxel[component[::-1]] = foreground[::-1]  # the last assignment wins
+    label = np.zeros(n_components, np.int32)
+    label[kept[np.argsort(first_voxel[kept])]] = np.arange(1, kept.size + 1, dtype=np.int32)
+    return label, kept.size
+
+
+def _window_maxima(volume: FloatArray, distance: int, floor: np.floating) -> NDArray[np.bool_]:
+    """Return where `volume` exceeds `floor` and is the maximum within `distance` voxels.
+
+    A maximum of the window is one of its six-neighbourhood too, which few voxels are: those are
+    found with cheap comparisons, and only for them is the whole window looked at.
+    """
+    candidate = volume > floor
+    if distance > 0:
+        for axis in range(3):
+            lower = np.moveaxis(volume, axis, 0)[:-1]
+            upper = np.moveaxis(volume, axis, 0)[1:]
+            np.moveaxis(candidate, axis, 0)[:-1] &= lower >= upper
+            np.moveaxis(candidate, axis, 0)[1:] &= upper >= lower
+    for voxel in np.argwhere(candidate):
+        window = tuple(slice(max(0, i - distance), i + distance + 1) for i in voxel)
+        if volume[tuple(voxel)] < volume[window].max():
+            candidate[tuple(voxel)] = False
+    return candidate

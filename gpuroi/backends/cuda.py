@@ -1,0 +1,234 @@
+"""The CUDA backend: every verb in calls of CuPy, one launch sequence for a whole batch.
+
+Labels come from ``cupyx.scipy.ndimage.label``, which numbers as SciPy does and takes the batch as
+one 4-D array; cuCIM's ``measure.label`` is the same kernels without a structuring element, volume
+by volume, and serves as the oracle of the contract suite. Library calls that round differently
+from SciPy (percentiles, Gaussian filters) are replaced by exact ones made of array operations.
+"""
+
+import importlib.metadata
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage as scipy_ndimage
+
+from gpuroi.backends import _keys
+from gpuroi.errors import BackendUnavailableError
+from gpuroi.types import Array, Connectivity, FloatArray, Tail
+
+# Flat voxel indices of one launch sequence are 32-bit.
+_MAX_VOXELS = 2**31 - 2
+
+_SIDES: tuple[Tail, Tail] = ("positive", "negative")
+
+_EXTRA = "pip install 'gpuroi[cuda13]' (or 'gpuroi[cuda12]' for a driver of CUDA 12)"
+
+
+def load() -> "CudaBackend":
+    """Return the CUDA backend after a kernel was compiled and run on the current device."""
+    try:
+        import cupy
+        import cupyx.scipy.ndimage
+    except ImportError as error:
+        raise BackendUnavailableError(f"CuPy cannot be imported ({error}); {_EXTRA}.") from error
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise BackendUnavailableError(
+            f"CuPy {cupy.__version__} finds no usable CUDA device ({error}); "
+            "check the driver with nvidia-smi."
+        ) from error
+    try:
+        computed = int(cupy.arange(4, dtype=cupy.int32).sum())  # waits
+    except Exception as error:  # a broken toolkit raises whatever its broken part raises
+        raise BackendUnavailableError(
+            f"CuPy {cupy.__version__} sees a CUDA device but cannot compile and run a kernel "
+            f"({type(error).__name__}: {error}); {_EXTRA}, whose 'ctk' parts bring the compiler."
+        ) from error
+    if computed != 6:
+        raise BackendUnavailableError(f"the CUDA device computed 0+1+2+3 = {computed}; it is faulty.")
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    packages = {
+        "cupy": cupy.__version__,
+        "cuda-runtime": str(cupy.cuda.runtime.runtimeGetVersion()),
+        "cuda-driver": str(cupy.cuda.runtime.driverGetVersion()),
+    }
+    return CudaBackend(cupy, cupyx.scipy.ndimage, properties["name"].decode(), packages)
+
+
+class CudaBackend:
+    """Every verb as array operations of `xp` on the whole batch.
+
+    The namespaces are passed in, so that the same lines run on NumPy and SciPy in the tests of
+    machines without a GPU.
+    """
+
+    name = "cuda"
+    batch_bytes = 256 * 2**20  # 70 maps at 2 mm: enough work for every launch
+
+    def __init__(
+        self, xp: ModuleType, ndimage: Any, device: str, packages: dict[str, str]
+    ) -> None:
+        self.xp = xp
+        self.device = device
+        self._ndimage = ndimage
+        self._versions = packages | {
+            package: importlib.metadata.version(package) for package in ("numpy", "scipy")
+        }
+
+    def versions(self) -> dict[str, str]:
+        """See `gpuroi.backends.Backend.versions`."""
+        return self._versions
+
+    def to_device(self, host: NDArray[np.generic]) -> Array:
+        """See `gpuroi.backends.Backend.to_device`."""
+        return self.xp.ascontiguousarray(self.xp.asarray(host))
+
+    def to_host(self, array: Array) -> NDArray[np.generic]:
+        """See `gpuroi.backends.Backend.to_host`."""
+        return array.get() if hasattr(array, "get") else array  # waits
+
+    def order_statistics(
+        self,
+        maps: Array,
+        ranks: NDArray[np.int64],
+        absolute: bool,
+        population: Array | None,
+    ) -> FloatArray:
+        """See `gpuroi.backends.Backend.order_statistics`."""
+        xp = self.xp
+        keys = _keys.magnitude(maps) if absolute else _keys.ordered(xp, maps)
+        if population is not None:
+            keys = xp.where(population, keys, xp.iinfo(keys.dtype).max)
+        # Rows one by one: integers in one dimension go through CUB's radix sort.
+        selected = xp.stack(
+            [xp.sort(row)[xp.asarray(rank)] for row, rank in zip(keys.reshape(len(maps), -1), ranks)]
+        )
+        values = selected.view(maps.dtype) if absolute else _keys.from_ordered(
+            xp, selected, maps.dtype.name
+        )
+        return self.to_host(values)
+
+    def components(
+        self,
+        maps: Array,
+        cutoffs: FloatArray,
+        tail: Tail,
+        connectivity: Connectivity,
+        min_voxels: int,
+    ) -> tuple[Array, Array]:
+        """See `gpuroi.backends.Backend.components`."""
+        xp = self.xp
+        volumes_at_once = _MAX_VOXELS // max(1, maps[0].size)
+        if volumes_at_once == 0:
+            raise ValueError(f"a volume of {maps[0].size} voxels is too large for 32-bit labels.")
+        pieces = [
+            self._label_batch(
+                maps[b : b + volumes_at_once],
+                cutoffs[b : b + volumes_at_once],
+                tail,
+                connectivity,
+                min_voxels,
+            )
+            for b in range(0, len(maps), volumes_at_once)
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        labels, counts = zip(*pieces, strict=True)
+        return xp.concatenate(labels), xp.concatenate(counts)
+
+    def _label_batch(
+        self,
+        maps: Array,
+        cutoffs: FloatArray,
+        tail: Tail,
+        connectivity: Connectivity,
+        min_voxels: int,
+    ) -> tuple[Array, Array]:
+        xp = self.xp
+        # No links along the batch axis: one call labels every volume on its own.
+        structure = np.zeros((3, 3, 3, 3), bool)
+        structure[1] = _neighbourhood(connectivity)
+
+        component = xp.zeros(maps.shape, xp.int32)
+        n_components = 0
+        for side in _SIDES:
+            if tail in ("both", side):
+                foreground = _keys.reaches(xp, maps, cutoffs, side)
+                labels, n = self._ndimage.label(foreground, structure)  # waits
+                component = xp.where(labels > 0, labels + n_components, component)
+                n_components += n
+
+        # From here on a component is an entry of `sizes` and `first`; entry 0 is background.
+        flat = component.ravel()
+        sizes = xp.bincount(flat, minlength=n_components + 1)
+        first = xp.full(n_components + 1, flat.size, xp.int32)
+        xp.minimum.at(first, flat, xp.arange(flat.size, dtype=xp.int32))
+        kept = sizes >= min_voxels
+        kept[0] = False
+        kept = xp.flatnonzero(kept)  # waits
+        kept = kept[xp.argsort(first[kept])]
+        volume = first[kept] // maps[0].size
+        counts = xp.bincount(volume, minlength=len(maps)).astype(xp.int32)
+        first_label = xp.cumsum(counts) - counts
+        label = xp.zeros(n_components + 1, xp.int32)
+        label[kept] = (xp.arange(kept.size) - first_label[volume] + 1).astype(xp.int32)
+        return label[component], counts
+
+    def smooth(self, maps: Array, sigma_voxels: tuple[float, float, float]) -> Array:
+        """See `gpuroi.backends.Backend.smooth`."""
+        smoothed = maps
+        for axis, sigma in enumerate(sigma_voxels, start=1):
+            if sigma > 0:
+                smoothed = self._smooth_axis(smoothed, axis, _half_kernel(sigma))
+        return smoothed.copy() if smoothed is maps else smoothed
+
+    def _smooth_axis(self, maps: Array, axis: int, weights: NDArray[np.float64]) -> Array:
+        """Return one axis smoothed: the centre first, then pairs from the outside in, as SciPy.
+
+        Each operation is a kernel of its own, so none is fused into a multiply-add.
+        """
+        xp = self.xp
+        radius = weights.size - 1
+        n = maps.shape[axis]
+        lines = xp.moveaxis(maps, axis, -1).astype(xp.float64)
+        # "reflect" of scipy.ndimage: (d c b a | a b c d | d c b a)
+        source = np.arange(-radius, n + radius) % (2 * n)
+        lines = lines[..., xp.asarray(np.where(source < n, source, 2 * n - 1 - source))]
+        total = lines[..., radius : radius + n] * weights[0]
+        for offset in range(radius, 0, -1):
+            before = lines[..., radius - offset : radius - offset + n]
+            after = lines[..., radius + offset : radius + offset + n]
+            total = total + (before + after) * weights[offset]
+        return xp.ascontiguousarray(xp.moveaxis(total.astype(maps.dtype), -1, axis))
+
+    def local_maxima(self, maps: Array, distance: int, floors: FloatArray) -> Array:
+        """See `gpuroi.backends.Backend.local_maxima`."""
+        xp = self.xp
+        keys = _keys.ordered(xp, maps)
+        floor_keys = _keys.ordered(xp, xp.asarray(floors)).reshape(-1, 1, 1, 1)
+        width = 2 * distance + 1
+        # Zero is the key of 0.0: outside counts as zero, below every maximum that may be found.
+        highest = self._ndimage.maximum_filter(keys, size=(1, width, width, width), mode="constant")
+        structure = np.zeros((3, 3, 3, 3), bool)
+        structure[1] = _neighbourhood(6)
+        labels, _ = self._ndimage.label((keys == highest) & (keys > floor_keys), structure)  # waits
+        # Numbers run through the batch in C order: let each volume start at 1.
+        numbered = xp.where(labels > 0, labels, xp.iinfo(labels.dtype).max)
+        below = numbered.reshape(len(maps), -1).min(axis=1).reshape(-1, 1, 1, 1) - 1
+        return xp.where(labels > 0, labels - below, 0).astype(xp.int32)
+
+
+def _neighbourhood(connectivity: Connectivity) -> NDArray[np.bool_]:
+    rank = {6: 1, 18: 2, 26: 3}[connectivity]
+    return np.asarray(scipy_ndimage.generate_binary_structure(3, rank))
+
+
+def _half_kernel(sigma: float) -> NDArray[np.float64]:
+    """Return the weights of `scipy.ndimage.gaussian_filter1d`, from the centre outwards."""
+    radius = int(4.0 * sigma + 0.5)
+    weights = np.exp(-0.5 / (sigma * sigma) * np.arange(-radius, radius + 1) ** 2)
+    return (weights / weights.sum())[radius:]
+

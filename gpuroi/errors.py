@@ -1,0 +1,33 @@
+"""The mistakes that gpuroi tells apart, one class each.
+
+Every class also derives from the built-in exception that fits it, so that code written for
+nilearn (``except ValueError``) keeps working.
+"""
+
+
+class GpuroiError(Exception):
+    """Base of every error that gpuroi raises on purpose."""
+
+
+class InvalidMapError(GpuroiError, ValueError):
+    """A map, mask or file that cannot be read as a 3-D volume (or a series of them)."""
+
+
+class UnknownBackendError(GpuroiError, ValueError):
+    """A backend name that gpuroi has never heard of."""
+
+
+class BackendUnavailableError(GpuroiError, RuntimeError):
+    """A known backend that cannot run here; the message says why and what to install."""
+
+
+class DeviceMemoryError(GpuroiError, MemoryError):
+    """One single volume does not fit into the memory of the device."""
+
+
+class UnsupportedMethodError(GpuroiError, ValueError):
+    """A method that exists in nilearn but not yet in this release of gpuroi."""
+
+
+class MissingExtraError(GpuroiError, ImportError):
+    """A feature whose optional packages are not installed."""

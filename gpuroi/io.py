@@ -1,0 +1,236 @@
+"""Maps and masks in, labels and tables out: the only place that reads and writes image files."""
+
+import gzip
+import io
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import nibabel as nib
+import numpy as np
+from isal import igzip, isal_zlib
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
+from nibabel.wrapstruct import WrapStructError
+from numpy.typing import NDArray
+
+from gpuroi.errors import InvalidMapError
+from gpuroi.types import ImageLike
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_NIFTI_CLASSES = (nib.Nifti1Image, nib.Nifti2Image)
+
+
+@dataclass(frozen=True)
+class Map:
+    """One 3-D map, as stored: any real dtype, any memory layout."""
+
+    name: str
+    data: NDArray[np.generic]  # (X, Y, Z)
+    affine: NDArray[np.float64]  # voxel to mm
+    header: Any
+
+    @property
+    def voxel_volume_mm3(self) -> float:
+        """Volume of one voxel."""
+        return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+
+def describe(source: ImageLike) -> str:
+    """Return what an error message calls `source`: its path if it has one."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    filename = source.get_filename() if isinstance(source, SpatialImage) else None
+    return filename or f"<{type(source).__name__} in memory>"
+
+
+def load(source: ImageLike) -> SpatialImage:
+    """Return `source` as a nibabel image; a NIfTI file is read whole and verified.
+
+    A ``.nii.gz`` must decompress with the checksum and length of its gzip trailer, and the data
+    must fill the file exactly. (nibabel stops reading before the trailer, so that most damage to a
+    compressed file goes unnoticed.)
+
+    Raises
+    ------
+    InvalidMapError
+        If the file is missing, damaged, or of no format that nibabel reads.
+    TypeError
+        If `source` is neither a path nor a nibabel image.
+    """
+    if isinstance(source, SpatialImage):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"a {type(source).__name__} is not an image; pass a path or a nibabel image."
+        )
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise InvalidMapError(f"{path}: no such file.")
+    if not path.is_file():
+        raise InvalidMapError(f"{path}: expected a file, found a directory or a device.")
+    raw = path.read_bytes()
+    if not raw:
+        raise InvalidMapError(f"{path}: the file is empty.")
+    if raw[:2] == _GZIP_MAGIC:
+        raw = _decompress(path, raw)
+    for image_class in _NIFTI_CLASSES:
+        if image_class.header_class.may_contain_header(raw[:1024]) and _is_single_file(raw):
+            return _nifti_from_bytes(path, image_class, raw)
+    if path.name.endswith((".nii", ".nii.gz")):
+        raise InvalidMapError(
+            f"{path}: expected a NIfTI header at its start, found {raw[:4].hex(' ')}; the file is "
+            "no NIfTI image or its header is damaged."
+        )
+    try:
+        return nib.load(path)
+    except (ImageFileError, HeaderDataError, WrapStructError, OSError, ValueError) as error:
+        raise InvalidMapError(f"{path}: no image that nibabel can read ({error}).") from error
+
+
+def _decompress(path: Path, compressed: bytes) -> bytes:
+    try:
+        return bytes(igzip.decompress(compressed))
+    except (isal_zlib.error, gzip.BadGzipFile, EOFError) as error:
+        raise InvalidMapError(
+            f"{path}: the gzip stream is damaged or cut short ({error}); fetch or write it again."
+        ) from error
+
+
+def _is_single_file(raw: bytes) -> bool:
+    # A .hdr of a pair carries "ni1"; its data are in an .img beside it.
+    return raw[344:347] == b"n+1" or raw[4:7] == b"n+2"
+
+
+def _nifti_from_bytes(path: Path, image_class: Any, raw: bytes) -> SpatialImage:
+    try:
+        image = image_class.from_bytes(raw)
+        header = image.header
+        n_bytes = int(np.prod(header.get_data_shape())) * header.get_data_dtype().itemsize
+        offset = int(image.dataobj.offset)
+    except (HeaderDataError, ImageFileError, WrapStructError, ValueError, KeyError) as error:
+        raise InvalidMapError(f"{path}: its NIfTI header is damaged ({error}).") from error
+    if len(raw) != offset + n_bytes:
+        raise InvalidMapError(
+            f"{path}: its header announces {offset} + {n_bytes} bytes for data of shape "
+            f"{header.get_data_shape()} and type {header.get_data_dtype()}, the file holds "
+            f"{len(raw)} ({'cut short' if len(raw) < offset + n_bytes else 'trailing garbage'})."
+        )
+    image.set_filename(path)
+    return image
+
+
+def read_data(image: SpatialImage, name: str) -> NDArray[np.generic]:
+    """Return the voxels of `image`, scaled; trailing axes of length one behind the third dropped.
+
+    Raises
+    ------
+    InvalidMapError
+        If they cannot be read, are complex or RGB, or have fewer than 3 or more than 4 axes.
+    """
+    try:
+        data = np.asanyarray(image.dataobj)
+    except (OSError, ValueError, EOFError) as error:
+        raise InvalidMapError(f"{name}: its voxels cannot be read ({error}).") from error
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
+    if data.dtype.kind not in "fiub":
+        kind = "RGB" if data.dtype.kind == "V" else "complex" if data.dtype.kind == "c" else "other"
+        raise InvalidMapError(
+            f"{name}: voxels are {kind} ({data.dtype}); expected real numbers, one a voxel."
+        )
+    if data.ndim not in (3, 4):
+        raise InvalidMapError(
+            f"{name}: expected a 3-D map or a 4-D series of maps, got shape {data.shape}."
+        )
+    return data
+
+
+def check_affine(affine: NDArray[np.float64] | None, name: str) -> NDArray[np.float64]:
+    """Return `affine` if it maps voxels to distinct places in mm."""
+    if affine is None or not np.isfinite(affine).all() or np.linalg.det(affine[:3, :3]) == 0:
+        raise InvalidMapError(
+            f"{name}: its affine is singular or not finite, so voxels have no size in mm:\n{affine}"
+        )
+    return affine
+
+
+def read_maps(source: ImageLike) -> list[Map]:
+    """Return the volumes of a 3-D or 4-D image as 3-D maps, named ``name`` or ``name[volume]``."""
+    name = describe(source)
+    image = load(source)
+    data = read_data(image, name)
+    affine = check_affine(image.affine, name)
+    if data.ndim == 3:
+        return [Map(name, data, affine, image.header)]
+    return [
+        Map(f"{name}[{volume}]", data[..., volume], affine, image.header)
+        for volume in range(data.shape[-1])
+    ]
+
+
+def labels_image(
+    labels: NDArray[np.integer], affine: NDArray[np.float64], header: Any
+) -> nib.Nifti1Image:
+    """Return `labels` as a NIfTI image in the space of `header`: codes and units are kept."""
+    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    new_header = image_class.header_class.from_header(header)
+    new_header.set_data_dtype(labels.dtype)
+    new_header.set_data_shape(labels.shape)
+    new_header.set_slope_inter(1, 0)
+    new_header.set_intent("label", name="regions")
+    new_header["cal_min"], new_header["cal_max"] = 0, labels.max(initial=0)
+    new_header["descrip"] = b""
+    new_header.extensions.clear()
+    return image_class(labels, affine, new_header)
+
+
+def smallest_label_dtype(n_labels: int) -> np.dtype[np.integer]:
+    """Return the smallest integer type of NIfTI-1 tools that holds labels up to `n_labels`."""
+    for dtype in (np.uint8, np.int16, np.int32):
+        if n_labels <= np.iinfo(dtype).max:
+            return np.dtype(dtype)
+    raise ValueError(f"{n_labels} labels do not fit into 32 bits.")
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `path` when the block ends, and vanishes if it fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_image(image: nib.Nifti1Image, path: Path) -> None:
+    """Write `image` to a ``.nii.gz`` file, the same bytes for the same image."""
+    stream = io.BytesIO()
+    image.to_stream(stream)
+    with atomic_writer(path) as file:
+        file.write(igzip.compress(stream.getvalue(), compresslevel=2, mtime=0))
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write `text` in UTF-8."""
+    with atomic_writer(path) as file:
+        file.write(text.encode())
+
+
+def same_grid(
+    shape: Sequence[int],
+    affine: NDArray[np.float64],
+    other_shape: Sequence[int],
+    other_affine: NDArray[np.float64],
+) -> bool:
+    """Return whether two images have the same voxels (affines as close as `numpy.allclose`)."""
+    return tuple(shape[:3]) == tuple(other_shape[:3]) and np.allclose(affine, other_affine)

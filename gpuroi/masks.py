@@ -1,0 +1,76 @@
+"""Mask images: read, checked, and brought onto the grid of a map."""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from gpuroi import io
+from gpuroi.errors import InvalidMapError
+from gpuroi.types import ImageLike
+
+
+def load_mask(
+    mask_img: ImageLike,
+    shape: tuple[int, int, int],
+    affine: NDArray[np.float64],
+    *,
+    resample: bool,
+    parameter: str = "mask_img",
+) -> NDArray[np.bool_]:
+    """Return `mask_img` as booleans ``(X, Y, Z)`` on the grid of `shape` and `affine`.
+
+    Parameters
+    ----------
+    mask_img : path or image, 3-D
+        Zero outside, one other value inside; not finite counts as outside.
+    resample : bool
+        Take the nearest voxel where the mask lies on another grid; otherwise that is an error.
+    parameter : str
+        What error messages call the mask.
+
+    Raises
+    ------
+    InvalidMapError
+        If the mask is not 3-D, on another grid, empty, or made of more than one value inside.
+    """
+    name = f"{parameter} {io.describe(mask_img)}"
+    image = io.load(mask_img)
+    data = io.read_data(image, name)
+    if data.ndim != 3:
+        raise InvalidMapError(f"{name}: expected a 3-D mask, got shape {data.shape}.")
+    mask_affine = io.check_affine(image.affine, name)
+    if not io.same_grid(data.shape, mask_affine, shape, affine):
+        if not resample:
+            raise InvalidMapError(
+                f"{name} is on another grid than the map: shape {data.shape} against "
+                f"{tuple(shape)}, affines\n{mask_affine}\nagainst\n{affine}\n"
+                "Pass resample_mask=True to take the nearest voxel of the mask."
+            )
+        data = _nearest(data, mask_affine, shape, affine)
+    data = np.where(np.isfinite(data), data, 0)
+    inside = np.unique(data[data != 0])
+    if inside.size == 0:
+        raise InvalidMapError(f"{name} is zero everywhere on the map: it would hide all voxels.")
+    if inside.size > 1:
+        raise InvalidMapError(
+            f"{name} has {inside.size} values besides 0 ({inside[0]:g} to {inside[-1]:g}); a mask "
+            "has one. Binarise it first, for example with gpuroi.image.threshold_img."
+        )
+    return np.asarray(data != 0)
+
+
+def _nearest(
+    data: NDArray[np.generic],
+    affine: NDArray[np.float64],
+    target_shape: tuple[int, int, int],
+    target_affine: NDArray[np.float64],
+) -> NDArray[np.generic]:
+    to_source = np.linalg.inv(affine) @ target_affine
+    matrix, offset = to_source[:3, :3], to_source[:3, 3]
+    if np.array_equal(np.diag(np.diag(matrix)), matrix):
+        matrix = np.diag(matrix)  # SciPy's faster way; it rounds halves differently, as nilearn's
+    native = data.astype(data.dtype.newbyteorder("="), copy=False)
+    resampled: NDArray[np.generic] = ndimage.affine_transform(
+        native, matrix, offset=offset, output_shape=tuple(target_shape), order=0, cval=0
+    )
+    return resampled

@@ -1,0 +1,155 @@
+"""What the native door returns: the regions of one map."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuroi.algorithms.measure import RegionVoxels, measure
+from gpuroi.types import Provenance
+
+if TYPE_CHECKING:
+    import nibabel as nib
+    import pandas as pd
+
+#: Columns of `Regions.table` and of the ``.tsv`` (there with ``index`` and ``name`` in front).
+COLUMNS = {
+    "label": "value of the region's voxels in the label image",
+    "sign": "1 for a region of values above zero, -1 below",
+    "voxels": "number of voxels",
+    "volume_mm3": "volume in cubic millimetres",
+    "peak_value": "value of largest magnitude, in map units",
+    "peak_x": "x of the peak in mm",
+    "peak_y": "y of the peak in mm",
+    "peak_z": "z of the peak in mm",
+    "mean_value": "mean of the voxels' values, in map units",
+    "center_of_mass_x": "x of the centre of mass (weights: magnitudes) in mm",
+    "center_of_mass_y": "y of the centre of mass in mm",
+    "center_of_mass_z": "z of the centre of mass in mm",
+    "touches_edge": "whether a voxel lies on the border of the field of view",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """The regions of one map: labels, a table, the cut-off applied, and how they were made.
+
+    Only the voxels of the regions are held; images and the table are built when first asked for.
+
+    Attributes
+    ----------
+    cutoff : float
+        Magnitude that voxels had to reach, in map units, after rounding to the map's dtype.
+        Infinite where the percentile had no voxel to rank.
+    provenance : mapping
+        Versions, backend, device, parameters and counts; JSON-serialisable.
+    affine : float64 array (4, 4)
+        Voxel to mm.
+    header : nibabel header
+        Of the map; label images take their space and units from it.
+    voxels : RegionVoxels
+        Flat indices, values and region boundaries.
+    """
+
+    voxels: RegionVoxels
+    affine: NDArray[np.float64]
+    header: Any
+    cutoff: float
+    provenance: Provenance
+
+    def __len__(self) -> int:
+        """Return the number of regions."""
+        return len(self.voxels)
+
+    def __repr__(self) -> str:
+        return (
+            f"Regions({len(self)} regions of {self.voxels.index.size} voxels, "
+            f"cutoff={self.cutoff:g}, backend={self.provenance['backend']!r})"
+        )
+
+    @cached_property
+    def labels_img(self) -> "nib.Nifti1Image":
+        """Label image (X, Y, Z) int32 in the space of the map; 0 is background."""
+        from gpuroi.io import labels_image
+
+        return labels_image(self.voxels.labels(), self.affine, self.header)
+
+    @cached_property
+    def table(self) -> "pd.DataFrame":
+        """One row a region; the columns are those of `gpuroi.result.COLUMNS`."""
+        import pandas as pd
+
+        measures = measure(self.voxels)
+        rotation, origin = self.affine[:3, :3], self.affine[:3, 3]
+        peak_mm = measures.peak @ rotation.T + origin
+        center_mm = measures.center_of_mass @ rotation.T + origin
+        voxel_mm3 = abs(np.linalg.det(rotation))
+        columns = (
+            np.arange(1, len(self) + 1, dtype=np.int32),
+            measures.sign,
+            measures.voxels,
+            measures.voxels * voxel_mm3,
+            measures.peak_value,
+            *peak_mm.T,
+            measures.mean_value,
+            *center_mm.T,
+            measures.touches_edge,
+        )
+        return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+
+    def to_4d_img(self) -> "nib.Nifti1Image":
+        """Return nilearn's stack (X, Y, Z, n) float32: each region's values in a volume of its own.
+
+        The image is lazy: slicing ``dataobj`` allocates what it returns, and ``to_filename`` writes
+        volume by volume. ``get_fdata()`` makes everything dense.
+
+        Raises
+        ------
+        ValueError
+            If there is no region: NIfTI has no image of zero volumes.
+        """
+        from gpuroi.stack import stack_image
+
+        if len(self) == 0:
+            raise ValueError("there are no regions to stack; check len(regions) first.")
+        return stack_image([self.voxels], self.affine, self.header)
+
+    def save(self, prefix: str | Path) -> dict[str, Path]:
+        """Write the label image, the table and the provenance, each whole or not at all.
+
+        Parameters
+        ----------
+        prefix : path
+            Everything before the extensions: ``out/sub-01_desc-regions_dseg`` writes
+            ``…_dseg.nii.gz`` (smallest integer type), ``…_dseg.tsv`` and ``…_dseg.json``.
+
+        Returns
+        -------
+        dict
+            The paths by their kind: ``labels``, ``table``, ``provenance``.
+        """
+        from gpuroi import io
+
+        paths = {
+            kind: Path(f"{prefix}{extension}")
+            for kind, extension in (
+                ("labels", ".nii.gz"),
+                ("table", ".tsv"),
+                ("provenance", ".json"),
+            )
+        }
+        paths["labels"].parent.mkdir(parents=True, exist_ok=True)
+        labels = self.voxels.labels().astype(io.smallest_label_dtype(len(self)))
+        table = self.table.rename(columns={"label": "index"})
+        table.insert(1, "name", [f"region-{index}" for index in table["index"]])
+        io.write_image(io.labels_image(labels, self.affine, self.header), paths["labels"])
+        io.write_text(
+            table.to_csv(sep="\t", index=False, lineterminator="\n", na_rep="n/a"), paths["table"]
+        )
+        sidecar = dict(self.provenance) | {"columns": COLUMNS}
+        io.write_text(json.dumps(sidecar, indent=2) + "\n", paths["provenance"])
+        return paths

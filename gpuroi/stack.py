@@ -1,0 +1,123 @@
+"""nilearn's 4-D image of regions, one volume a region, without its memory.
+
+1,212 regions of a 2 mm map fill 4.4 GB as dense float32 volumes; their voxels fill a few MB.
+`RegionStack` keeps the voxels and makes the volumes that somebody indexes.
+"""
+
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.fileslice import canonical_slicers
+from nibabel.filename_parser import splitext_addext
+from nibabel.volumeutils import seek_tell
+from numpy.typing import NDArray
+
+from gpuroi.algorithms.measure import RegionVoxels
+
+_DTYPE = np.dtype(np.float32)
+
+
+class RegionStack:
+    """An array proxy in nibabel's sense: shape, dtype, slicing, and dense only when asked.
+
+    The volumes of all `parts` follow each other, region by region; voxels outside a region are 0.
+    """
+
+    is_proxy = True
+
+    def __init__(self, parts: list[RegionVoxels]) -> None:
+        self._volumes = [(part, k) for part in parts for k in range(len(part))]
+        self.shape = (*parts[0].shape, len(self._volumes))
+        self.dtype = _DTYPE
+        self.ndim = 4
+
+    def __getitem__(self, slicer: Any) -> NDArray[np.float32]:
+        """Return what NumPy would for ints, slices, Ellipsis and None; no more is allocated."""
+        keys = canonical_slicers(slicer, self.shape, check_inds=False)
+        axis_keys = [key for key in keys if key is not None]
+        for axis, (key, n) in enumerate(zip(axis_keys, self.shape, strict=True)):
+            if not isinstance(key, slice) and not 0 <= key < n:
+                raise IndexError(f"index out of bounds for axis {axis} with size {n}")
+        wanted = [
+            np.arange(n)[key if isinstance(key, slice) else slice(key, key + 1)]
+            for key, n in zip(axis_keys, self.shape, strict=True)
+        ]
+        out = np.zeros([places.size for places in wanted], _DTYPE)
+        for place, volume in enumerate(wanted[3]):
+            self._fill(out[..., place], volume, wanted[:3])
+        drop_or_keep = tuple(
+            None if key is None else slice(None) if isinstance(key, slice) else 0 for key in keys
+        )
+        return out[drop_or_keep]
+
+    def __array__(
+        self, dtype: np.dtype[Any] | None = None, copy: bool | None = None
+    ) -> NDArray[Any]:
+        """Return the dense array, Fortran-ordered as nibabel's."""
+        if copy is False:
+            raise ValueError("a stack of regions has no dense array to share; it makes a new one.")
+        out = np.zeros(self.shape, dtype or _DTYPE, order="F")
+        for place in range(self.shape[3]):
+            self._fill(out[..., place], place, None)
+        return out
+
+    def largest_and_smallest(self) -> tuple[float, float]:
+        """Return the maximum and minimum of all volumes, background included."""
+        values = [part.values for part in {id(part): part for part, _ in self._volumes}.values()]
+        highest = max((float(v.max(initial=0)) for v in values), default=0.0)
+        lowest = min((float(v.min(initial=0)) for v in values), default=0.0)
+        return highest, lowest
+
+    def _fill(
+        self, out: NDArray[Any], volume: int, wanted: list[NDArray[np.intp]] | None
+    ) -> None:
+        part, k = self._volumes[volume]
+        voxels = slice(part.starts[k], part.starts[k + 1])
+        x, y, z = np.unravel_index(part.index[voxels], part.shape)
+        values = part.values[voxels]
+        if wanted is None:
+            out[x, y, z] = values
+            return
+        places = []
+        for voxel, chosen, n in zip((x, y, z), wanted, part.shape, strict=True):
+            place_of = np.full(n, -1)
+            place_of[chosen] = np.arange(chosen.size)
+            places.append(place_of[voxel])
+        inside = np.logical_and.reduce([place >= 0 for place in places])
+        out[tuple(place[inside] for place in places)] = values[inside]
+
+
+class RegionImage(nib.Nifti1Image):  # type: ignore[misc]
+    """A `nibabel.Nifti1Image` that writes a `RegionStack` to disk volume by volume."""
+
+    def to_file_map(self, file_map: Any = None, dtype: Any = None) -> None:
+        """Write the image; a stack is never made dense if it is stored as the float32 it is."""
+        stack = self.dataobj
+        target = np.dtype(dtype) if dtype is not None else self.get_data_dtype()
+        if not isinstance(stack, RegionStack) or target != _DTYPE:
+            super().to_file_map(file_map, dtype)
+            return
+        self.file_map = self.file_map if file_map is None else file_map
+        self.update_header()
+        header = self.header.copy()
+        header.set_data_dtype(_DTYPE.newbyteorder(header.endianness))
+        header.set_slope_inter(1, 0)
+        with self.file_map["image"].get_prepare_fileobj(mode="wb") as stream:
+            header.write_to(stream)
+            seek_tell(stream, header.get_data_offset(), write0=True)
+            for volume in range(stack.shape[3]):
+                values = stack[..., volume].astype(_DTYPE.newbyteorder(header.endianness))
+                stream.write(values.tobytes(order="F"))
+
+
+def stack_image(
+    parts: list[RegionVoxels], affine: NDArray[np.float64], header: Any
+) -> RegionImage:
+    """Return the regions of all `parts` as one lazy 4-D image in the space of `header`."""
+    stack = RegionStack(parts)
+    new_header = nib.Nifti1Header.from_header(header)
+    new_header.set_data_dtype(_DTYPE)
+    new_header.set_slope_inter(1, 0)
+    new_header["cal_max"], new_header["cal_min"] = stack.largest_and_smallest()
+    return RegionImage(stack, affine, new_header)
