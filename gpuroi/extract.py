@@ -28,7 +28,7 @@ from gpuroi.algorithms.threshold import (
     percentile_scores,
 )
 from gpuroi.arrays import check_choice, computable
-from gpuroi.backends import Backend, get_backend
+from gpuroi.backends import Backend, LabelledVoxels, get_backend
 from gpuroi.errors import DeviceMemoryError, UnsupportedMethodError
 from gpuroi.masks import load_mask
 from gpuroi.result import Regions
@@ -166,7 +166,7 @@ def extract_regions(
         tail=check_choice("tail", tail, TAILS),
         population=_check_population(population),
         mask_img=mask_img,
-        method=check_method("method", method),
+        method=_check_method(method),
         connectivity=check_choice("connectivity", connectivity, CONNECTIVITIES),
         min_region_size_mm3=_at_least_zero("min_region_size", min_region_size, "mm^3"),
         smoothing_fwhm_mm=_at_least_zero("smoothing_fwhm", smoothing_fwhm, "mm"),
@@ -194,7 +194,7 @@ def _extract(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> Iterat
         for prepared, found in zip(batch, labelled, strict=True):
             source = prepared.source
             yield Regions(
-                voxels=gather(found.labels, prepared.volume, found.n_regions),
+                voxels=gather(found.voxels, prepared.volume),
                 affine=source.affine,
                 header=source.header,
                 cutoff=found.cutoff,
@@ -209,7 +209,7 @@ def _extract(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> Iterat
                     "cutoff": found.cutoff if math.isfinite(found.cutoff) else None,
                     "min_voxels": min_voxels,
                     "voxels_not_finite": prepared.n_not_finite,
-                    "regions": found.n_regions,
+                    "regions": found.voxels.n_regions,
                     "backend": backend.name,
                     "device": backend.device,
                     "versions": _versions() | backend.versions(),
@@ -219,7 +219,7 @@ def _extract(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> Iterat
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A map as backends take it: float32 or float64, finite, in C order."""
+    """A map as backends take it: float32 or float64 and finite."""
 
     source: io.Map
     volume: FloatArray
@@ -245,7 +245,7 @@ def _prepare(source: io.Map) -> _Prepared:
             UserWarning,
             stacklevel=2,
         )
-    return _Prepared(source, np.ascontiguousarray(volume), n_not_finite)
+    return _Prepared(source, volume, n_not_finite)
 
 
 def _batches(prepared: Iterable[_Prepared], batch_bytes: int) -> Iterator[list[_Prepared]]:
@@ -290,8 +290,7 @@ class _Masks:
 class _VolumeLabels:
     """What the backend said of one volume."""
 
-    labels: NDArray[np.int32]
-    n_regions: int
+    voxels: LabelledVoxels
     cutoff: float
     score: float | None
     n_ranked: int | None
@@ -346,13 +345,12 @@ def _label_on_device(
     else:
         cutoffs = cutoff_at(recipe.threshold.value, len(host), host.dtype)
 
-    labels, counts = backend.components(
+    found = backend.component_voxels(
         maps, cutoffs, recipe.tail, recipe.connectivity, min_voxels
     )
-    labels, counts = backend.to_host(labels), backend.to_host(counts)
     return [
         _VolumeLabels(*volume)
-        for volume in zip(labels, counts.tolist(), cutoffs.tolist(), scores, n_ranked, strict=True)
+        for volume in zip(found, cutoffs.tolist(), scores, n_ranked, strict=True)
     ]
 
 
@@ -395,12 +393,11 @@ def _at_least_zero(parameter: str, value: float, unit: str) -> float:
     return float(value)
 
 
-def check_method(parameter: str, method: str) -> Method:
-    """Return `method` if this release implements it; `parameter` is what the caller named it."""
-    check_choice(parameter, method, ("connected_components", "local_regions"))
+def _check_method(method: str) -> Method:
+    check_choice("method", method, ("connected_components", "local_regions"))
     if method == "local_regions":
         raise UnsupportedMethodError(
-            f"{parameter}='local_regions' (the random walker) is not part of this release of "
-            f"gpuroi; pass {parameter}='connected_components'."
+            "method='local_regions' (the random walker) is not part of this release of gpuroi; "
+            "pass method='connected_components'."
         )
     return "connected_components"

@@ -124,25 +124,37 @@ def _nifti_from_bytes(path: Path, image_class: Any, raw: bytes) -> SpatialImage:
     return image
 
 
-def read_data(image: SpatialImage, name: str) -> NDArray[np.generic]:
-    """Return the voxels of `image`, scaled; trailing axes of length one behind the third dropped.
+def real_voxels(image: SpatialImage, name: str) -> NDArray[Any]:
+    """Return the voxels of `image`, scaled, in their own dtype and layout.
 
     Raises
     ------
     InvalidMapError
-        If they cannot be read, are complex or RGB, or have fewer than 3 or more than 4 axes.
+        If they cannot be read, or are complex or RGB.
     """
     try:
         data = np.asanyarray(image.dataobj)
     except (OSError, ValueError, EOFError) as error:
         raise InvalidMapError(f"{name}: its voxels cannot be read ({error}).") from error
+    if data.dtype.kind not in "fiub":
+        kind = {"V": "RGB", "c": "complex"}.get(data.dtype.kind, "no numbers")
+        raise InvalidMapError(
+            f"{name}: its voxels are {kind} ({data.dtype}); expected one real number a voxel."
+        )
+    return data
+
+
+def read_data(image: SpatialImage, name: str) -> NDArray[Any]:
+    """Return `real_voxels` without trailing axes of length one behind the third.
+
+    Raises
+    ------
+    InvalidMapError
+        As `real_voxels`, and if there are fewer than 3 or more than 4 axes.
+    """
+    data = real_voxels(image, name)
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
-    if data.dtype.kind not in "fiub":
-        kind = "RGB" if data.dtype.kind == "V" else "complex" if data.dtype.kind == "c" else "other"
-        raise InvalidMapError(
-            f"{name}: voxels are {kind} ({data.dtype}); expected real numbers, one a voxel."
-        )
     if data.ndim not in (3, 4):
         raise InvalidMapError(
             f"{name}: expected a 3-D map or a 4-D series of maps, got shape {data.shape}."
@@ -178,7 +190,7 @@ def labels_image(
 ) -> nib.Nifti1Image:
     """Return `labels` as a NIfTI image in the space of `header`: codes and units are kept."""
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    new_header = image_class.header_class.from_header(header)
+    new_header = nifti_header(header, image_class.header_class)
     new_header.set_data_dtype(labels.dtype)
     new_header.set_data_shape(labels.shape)
     new_header.set_slope_inter(1, 0)
@@ -187,6 +199,12 @@ def labels_image(
     new_header["descrip"] = b""
     new_header.extensions.clear()
     return image_class(labels, affine, new_header)
+
+
+def nifti_header(header: Any, header_class: Any = nib.Nifti1Header) -> Any:
+    """Return `header` as a new header of `header_class`."""
+    # A plain copy of one that is of that class already spares nibabel's battery of checks.
+    return header.copy() if type(header) is header_class else header_class.from_header(header)
 
 
 def smallest_label_dtype(n_labels: int) -> np.dtype[np.integer]:

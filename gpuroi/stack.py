@@ -14,6 +14,7 @@ from nibabel.volumeutils import seek_tell
 from numpy.typing import NDArray
 
 from gpuroi.algorithms.measure import RegionVoxels
+from gpuroi.io import nifti_header
 
 _DTYPE = np.dtype(np.float32)
 
@@ -116,7 +117,7 @@ def stack_image(
 ) -> RegionImage:
     """Return the regions of all `parts` as one lazy 4-D image in the space of `header`."""
     stack = RegionStack(parts)
-    new_header = nib.Nifti1Header.from_header(header)
+    new_header = nifti_header(header)
     new_header.set_data_dtype(_DTYPE)
     new_header.set_slope_inter(1, 0)
     new_header["cal_max"], new_header["cal_min"] = stack.largest_and_smallest()

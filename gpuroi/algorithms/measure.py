@@ -6,11 +6,12 @@ alone, ordered by region and, within one, in C order.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuroi.types import FloatArray
+from gpuroi.backends import LabelledVoxels
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class RegionVoxels:
 
     shape: tuple[int, int, int]
     index: NDArray[np.int64]  # (m,) flat, C order of `shape`
-    values: FloatArray  # (m,) of the map
+    values: NDArray[Any]  # (m,) of the map
     starts: NDArray[np.int64]  # (n + 1,)
 
     def __len__(self) -> int:
@@ -38,16 +39,16 @@ class RegionVoxels:
         return volume
 
 
-def gather(labels: NDArray[np.int32], volume: FloatArray, n_regions: int) -> RegionVoxels:
-    """Return the voxels of regions 1..`n_regions` of `labels` with their values in `volume`."""
-    index = np.flatnonzero(labels != 0)
-    label = labels.ravel()[index]
-    if n_regions <= np.iinfo(np.uint16).max:
+def gather(found: LabelledVoxels, volume: NDArray[Any]) -> RegionVoxels:
+    """Return what a backend found in `volume`, region by region, with the values of `volume`."""
+    label = found.label
+    if found.n_regions <= np.iinfo(np.uint16).max:
         label = label.astype(np.uint16)  # NumPy sorts 16 bits by radix, wider ones by merging
-    index = index[np.argsort(label, kind="stable")]
-    starts = np.zeros(n_regions + 1, np.int64)
-    np.cumsum(np.bincount(label, minlength=n_regions + 1)[1:], out=starts[1:])
-    return RegionVoxels(labels.shape, index, volume.ravel()[index], starts)
+    index = found.index[np.argsort(label, kind="stable")]
+    starts = np.cumsum(np.bincount(label, minlength=found.n_regions + 1))
+    # Not by flat index: the map may have any memory layout, and a copy of it would cost more.
+    values = volume[np.unravel_index(index, volume.shape)]
+    return RegionVoxels(volume.shape, index, values, starts)
 
 
 @dataclass(frozen=True)

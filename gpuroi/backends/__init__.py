@@ -10,7 +10,7 @@ import os
 import pkgutil
 from functools import cache
 from types import ModuleType
-from typing import Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +24,16 @@ PREFERENCE = ("cuda", "cpu")
 ENVIRONMENT_VARIABLE = "GPUROI_BACKEND"
 
 
-@runtime_checkable
+class LabelledVoxels(NamedTuple):
+    """The voxels of one volume's regions, in C order."""
+
+    index: NDArray[np.int64]  # flat
+    label: NDArray[np.int32]  # 1..n_regions
+    n_regions: int
+
+
 class Backend(Protocol):
-    """Five verbs and two doors: all that differs between a CPU and a GPU.
+    """Six verbs and two doors: all that differs between a CPU and a GPU.
 
     `maps` are a batch of volumes ``(B, X, Y, Z)``: finite values, float32 or float64, C-contiguous,
     native byte order, in the backend's own memory. Every backend returns the same bits.
@@ -73,6 +80,19 @@ class Backend(Protocol):
         joining the two signs. `cutoffs` ``(B,)`` live on the host, are above zero and of the maps'
         dtype. Regions with fewer than `min_voxels` voxels are background; the others are numbered
         1..n by their first voxel in C order.
+        """
+
+    def component_voxels(
+        self,
+        maps: Array,
+        cutoffs: FloatArray,
+        tail: Tail,
+        connectivity: Connectivity,
+        min_voxels: int,
+    ) -> list[LabelledVoxels]:
+        """Return the labelled voxels of `components`, volume by volume, on the host.
+
+        A few percent of a volume at most thresholds: less to copy, and less to walk through.
         """
 
     def smooth(self, maps: Array, sigma_voxels: tuple[float, float, float]) -> Array:
@@ -140,7 +160,7 @@ def get_backend(backend: str | Backend = "auto") -> Backend:
         If the backend was named and cannot run here.
     """
     if not isinstance(backend, str):
-        if isinstance(backend, Backend):
+        if hasattr(backend, "component_voxels"):
             return backend
         raise TypeError(
             f"backend={backend!r} is not a backend; pass 'auto', one of {names()}, or an object "

@@ -13,59 +13,62 @@ from scipy.sparse.csgraph import connected_components
 
 from gpuroi.types import Connectivity
 
-# Columns that precede a column in C order: (dx, dy, faces, reach along z by connectivity).
-# A column that shares a face touches diagonally from 18 on; one that shares an edge is itself
-# an edge neighbour at 18 and touches diagonally (a corner) at 26.
-_REACH: dict[Connectivity, tuple[tuple[int, int, int], ...]] = {
-    6: ((0, -1, 0), (-1, 0, 0)),
-    18: ((0, -1, 1), (-1, 0, 1), (-1, -1, 0), (-1, 1, 0)),
-    26: ((0, -1, 1), (-1, 0, 1), (-1, -1, 1), (-1, 1, 1)),
+# Columns that precede a column in C order: dx, dy, and the reach along z at 6, 18 and 26.
+# A column beside shares faces, and touches diagonally from 18 on; one across an edge is a
+# neighbour from 18 on, and touches diagonally (by corners) at 26.
+_BESIDE = ((0, -1), (-1, 0))
+_ACROSS = ((-1, -1), (-1, 1))
+_COLUMNS: dict[Connectivity, NDArray[np.int64]] = {
+    6: np.array([(*column, 0) for column in _BESIDE]),
+    18: np.array([(*column, 1) for column in _BESIDE] + [(*column, 0) for column in _ACROSS]),
+    26: np.array([(*column, 1) for column in _BESIDE + _ACROSS]),
 }
 
 
 def label_runs(
-    signs: NDArray[np.int8], connectivity: Connectivity
-) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
-    """Return the foreground's flat indices, a component (0..n-1) for each, and n.
+    signs: NDArray[np.uint8], foreground: NDArray[np.int64], connectivity: Connectivity
+) -> tuple[NDArray[np.int32], int]:
+    """Return a component (0..n-1) for each voxel of the foreground, and n.
 
-    `signs` ``(X, Y, Z)`` holds 0 for background; components join equal non-zero values only.
+    `signs` ``(X, Y, Z)`` holds 0 for background; components join equal values only. `foreground`
+    holds the flat indices of the others, ascending.
     """
-    ny, nz = signs.shape[1:]
-    flat = signs.ravel()
-    foreground = np.flatnonzero(flat)
     if foreground.size == 0:
-        return foreground, np.zeros(0, np.int32), 0
-
-    values = flat[foreground]
+        return np.zeros(0, np.int32), 0
+    ny, nz = signs.shape[1:]
+    values = signs.ravel()[foreground]
     begins = np.empty(foreground.size, bool)
     begins[0] = True
-    np.not_equal(np.diff(foreground), 1, out=begins[1:])
+    np.not_equal(foreground[1:], foreground[:-1] + 1, out=begins[1:])
     begins[1:] |= values[1:] != values[:-1]
     begins |= foreground % nz == 0
     first = np.flatnonzero(begins)
     lengths = np.diff(first, append=foreground.size)
-    start = foreground[first]
-    stop = start + lengths
-    sign = values[first]
+
+    # Rows are runs, columns of these arrays are the preceding neighbour columns.
+    dx, dy, reach = _COLUMNS[connectivity].T
+    start = foreground[first, np.newaxis]
+    stop = start + lengths[:, np.newaxis]
     column = start // nz
-    y = column % ny
+    shift = (dx * ny + dy) * nz
+    low = np.maximum(start - reach, column * nz) + shift
+    high = np.minimum(stop + reach, (column + 1) * nz) + shift
+    y = column % ny + dy
 
-    pairs = []
-    for dx, dy, reach in _REACH[connectivity]:
-        # Runs are disjoint and sorted, so the runs that overlap [low, high) are consecutive.
-        shift = (dx * ny + dy) * nz
-        low = np.maximum(start - reach, column * nz) + shift
-        high = np.minimum(stop + reach, (column + 1) * nz) + shift
-        begin = np.searchsorted(stop, low, side="right")
-        count = np.searchsorted(start, high, side="left") - begin
-        count[(y + dy < 0) | (y + dy >= ny)] = 0
-        np.maximum(count, 0, out=count)
-        run = np.repeat(np.arange(start.size), count)
-        neighbour = np.arange(run.size) + np.repeat(begin - (np.cumsum(count) - count), count)
-        same_sign = sign[run] == sign[neighbour]
-        pairs.append((run[same_sign], neighbour[same_sign]))
+    # Runs are disjoint and sorted, so those that overlap [low, high) are consecutive.
+    begin = np.searchsorted(stop.ravel(), low, side="right")
+    count = np.searchsorted(start.ravel(), high, side="left") - begin
+    count[(count < 0) | (y < 0) | (y >= ny)] = 0
+    before = np.zeros(count.size + 1, np.int64)
+    np.cumsum(count, out=before[1:])
+    neighbour = np.arange(before[-1]) + np.repeat(begin.ravel() - before[:-1], count.ravel())
+    row_ends = before[:: dx.size].copy()
 
-    rows, columns = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
-    graph = csr_array((np.ones(rows.size, bool), (rows, columns)), shape=(start.size, start.size))
+    sign = values[first]
+    if sign.min() != sign.max():
+        same_sign = sign[neighbour] == np.repeat(sign, np.diff(row_ends))
+        row_ends = np.concatenate([[0], np.cumsum(same_sign)])[row_ends]
+        neighbour = neighbour[same_sign]
+    graph = csr_array((np.ones(neighbour.size), neighbour, row_ends), shape=(sign.size,) * 2)
     n_components, component = connected_components(graph, directed=False)
-    return foreground, np.repeat(component, lengths), n_components
+    return np.repeat(component, lengths), n_components

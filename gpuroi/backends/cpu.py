@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from gpuroi.backends import LabelledVoxels
 from gpuroi.backends._runs import label_runs
 from gpuroi.backends._select import order_statistic
 from gpuroi.types import Connectivity, FloatArray, Tail
@@ -43,8 +44,8 @@ class CpuBackend:
         return self._versions
 
     def to_device(self, host: NDArray[np.generic]) -> NDArray[np.generic]:
-        """See `gpuroi.backends.Backend.to_device`."""
-        return np.ascontiguousarray(host)
+        """See `gpuroi.backends.Backend.to_device`; any memory layout will do."""
+        return host
 
     def to_host(self, array: NDArray[np.generic]) -> NDArray[np.generic]:
         """See `gpuroi.backends.Backend.to_host`."""
@@ -60,8 +61,8 @@ class CpuBackend:
         """See `gpuroi.backends.Backend.order_statistics`."""
         statistics = np.empty(ranks.shape, maps.dtype)
         for b, volume in enumerate(maps):
-            values = volume.ravel() if population is None else volume[population[b]]
-            statistics[b] = order_statistic(np.abs(values) if absolute else values, ranks[b])
+            values = volume.ravel(order="K") if population is None else volume[population[b]]
+            statistics[b] = order_statistic(values, ranks[b], absolute)
         return statistics
 
     def components(
@@ -75,23 +76,39 @@ class CpuBackend:
         """See `gpuroi.backends.Backend.components`."""
         labels = np.zeros(maps.shape, np.int32)
         counts = np.empty(len(maps), np.int32)
-        for b, volume in enumerate(maps):
-            signs = _signs(volume, cutoffs[b], tail)
-            foreground, component, n_components = self._label(signs, connectivity)
-            new_label, counts[b] = _numbering(foreground, component, n_components, min_voxels)
-            labels[b].ravel()[foreground] = new_label[component]
+        found = self.component_voxels(maps, cutoffs, tail, connectivity, min_voxels)
+        for b, (index, label, n_regions) in enumerate(found):
+            labels[b].ravel()[index] = label
+            counts[b] = n_regions
         return labels, counts
 
+    def component_voxels(
+        self,
+        maps: FloatArray,
+        cutoffs: FloatArray,
+        tail: Tail,
+        connectivity: Connectivity,
+        min_voxels: int,
+    ) -> list[LabelledVoxels]:
+        """See `gpuroi.backends.Backend.component_voxels`."""
+        found = []
+        for volume, cutoff in zip(maps, cutoffs, strict=True):
+            signs = _signs(volume, cutoff, tail)
+            foreground = np.flatnonzero(signs != 0)  # of a bool: NumPy's fast path
+            component, n_components = self._label(signs, foreground, connectivity)
+            found.append(_number(foreground, component, n_components, min_voxels))
+        return found
+
     def _label(
-        self, signs: NDArray[np.int8], connectivity: Connectivity
-    ) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
+        self, signs: NDArray[np.uint8], foreground: NDArray[np.int64], connectivity: Connectivity
+    ) -> tuple[NDArray[np.integer], int]:
+        """Return a component (0..n-1) for each voxel of the foreground, and n."""
         if self._cc3d is None:
-            return label_runs(signs, connectivity)
+            return label_runs(signs, foreground, connectivity)
         labels, n_components = self._cc3d.connected_components(
             signs, connectivity=connectivity, return_N=True
         )
-        foreground = np.flatnonzero(signs)
-        return foreground, labels.ravel()[foreground].astype(np.int32) - 1, n_components
+        return labels.ravel()[foreground].astype(np.intp) - 1, n_components
 
     def smooth(self, maps: FloatArray, sigma_voxels: tuple[float, float, float]) -> FloatArray:
         """See `gpuroi.backends.Backend.smooth`."""
@@ -121,31 +138,36 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _signs(volume: FloatArray, cutoff: np.floating, tail: Tail) -> NDArray[np.int8]:
-    """Return 1 where `volume` reaches the cut-off, -1 where it does below zero, else 0."""
-    if tail == "positive":
-        return (volume >= cutoff).view(np.int8)
+def _signs(volume: FloatArray, cutoff: np.floating, tail: Tail) -> NDArray[np.uint8]:
+    """Return 1 where `volume` reaches the cut-off, 255 where it does below zero, 0 elsewhere.
+
+    Compared in the layout of the volume; the result, a byte a voxel, is in C order.
+    """
     if tail == "negative":
-        return (volume <= -cutoff).view(np.int8)
-    signs = (volume >= cutoff).view(np.int8)
-    signs -= (volume <= -cutoff).view(np.int8)
-    return signs
+        signs = (volume <= -cutoff).view(np.int8)
+    else:
+        signs = (volume >= cutoff).view(np.int8)
+        if tail == "both":
+            signs -= (volume <= -cutoff).view(np.int8)
+    return np.ascontiguousarray(signs).view(np.uint8)
 
 
-def _numbering(
+def _number(
     foreground: NDArray[np.int64],
-    component: NDArray[np.int32],
+    component: NDArray[np.integer],
     n_components: int,
     min_voxels: int,
-) -> tuple[NDArray[np.int32], int]:
-    """Return each component's label, 0 for a small one and 1..n by first voxel, and n."""
+) -> LabelledVoxels:
+    """Return the voxels of the components that are large enough, numbered by first voxel."""
     sizes = np.bincount(component, minlength=n_components)
-    kept = np.flatnonzero(sizes >= min_voxels)
+    large = np.flatnonzero(sizes >= min_voxels)
     first_voxel = np.empty(n_components, np.int64)
     first_voxel[component[::-1]] = foreground[::-1]  # the last assignment wins
-    label = np.zeros(n_components, np.int32)
-    label[kept[np.argsort(first_voxel[kept])]] = np.arange(1, kept.size + 1, dtype=np.int32)
-    return label, kept.size
+    label_of = np.zeros(n_components, np.int32)
+    label_of[large[np.argsort(first_voxel[large])]] = np.arange(1, large.size + 1, dtype=np.int32)
+    label = label_of[component]
+    kept = label > 0
+    return LabelledVoxels(foreground[kept], label[kept], large.size)
 
 
 def _window_maxima(volume: FloatArray, distance: int, floor: np.floating) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage as scipy_ndimage
 
-from gpuroi.backends import _keys
+from gpuroi.backends import LabelledVoxels, _keys
 from gpuroi.errors import BackendUnavailableError
 from gpuroi.types import Array, Connectivity, FloatArray, Tail
 
@@ -138,6 +138,28 @@ class CudaBackend:
             return pieces[0]
         labels, counts = zip(*pieces, strict=True)
         return xp.concatenate(labels), xp.concatenate(counts)
+
+    def component_voxels(
+        self,
+        maps: Array,
+        cutoffs: FloatArray,
+        tail: Tail,
+        connectivity: Connectivity,
+        min_voxels: int,
+    ) -> list[LabelledVoxels]:
+        """See `gpuroi.backends.Backend.component_voxels`."""
+        labels, counts = self.components(maps, cutoffs, tail, connectivity, min_voxels)
+        index = self.xp.flatnonzero(labels)  # waits
+        label = self.to_host(labels.ravel()[index])
+        index = self.to_host(index).astype(np.int64)
+        n_voxels = maps[0].size
+        bounds = np.searchsorted(index, np.arange(len(maps) + 1) * n_voxels)
+        return [
+            LabelledVoxels(index[start:stop] - b * n_voxels, label[start:stop], n_regions)
+            for b, (start, stop, n_regions) in enumerate(
+                zip(bounds[:-1], bounds[1:], self.to_host(counts).tolist(), strict=True)
+            )
+        ]
 
     def _label_batch(
         self,

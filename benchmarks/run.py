@@ -1,0 +1,145 @@
+"""The clock: contenders take turns in one process, medians are kept, a line is appended.
+
+    python -m benchmarks.run --case components
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import tracemalloc
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from benchmarks.cases import CASES, Comparison
+from gpuroi.backends import get_backend
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("gpuroi", "numpy", "scipy", "nibabel", "pandas", "nilearn", "connected-components-3d")
+
+
+def time_alternately(
+    contenders: dict[str, Callable[[], Any]], repeats: int
+) -> dict[str, list[float]]:
+    """Return seconds a call, the contenders taking turns so that noise hits all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, work in contenders.items():
+            gc.collect()
+            gc.disable()
+            started = time.perf_counter()
+            result = work()
+            seconds[name].append(time.perf_counter() - started)
+            gc.enable()
+            del result
+    return seconds
+
+
+def peak_memory(work: Callable[[], Any]) -> int:
+    """Return the bytes that Python and NumPy had allocated at the worst moment of `work`."""
+    gc.collect()
+    tracemalloc.start()
+    result = work()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    del result
+    return peak
+
+
+def measure(comparison: Comparison, repeats: int | None = None) -> dict[str, Any]:
+    """Return the record of one comparison, checked and timed."""
+    with threadpool_limits(limits=1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        comparison.check({name: work() for name, work in comparison.contenders.items()})
+        seconds = time_alternately(comparison.contenders, repeats or comparison.repeats)
+        peaks = {}
+        if comparison.measure_memory:
+            peaks = {name: peak_memory(work) for name, work in comparison.contenders.items()}
+    reference = next(iter(comparison.contenders))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "comparison": comparison.name,
+        "parameters": comparison.parameters,
+        "reference": reference,
+        "repeats": len(seconds[reference]),
+        "median_s": medians,
+        # Neighbours in time share the machine's mood, so ratios are taken turn by turn.
+        "speed_up": {
+            name: statistics.median(
+                r / t for r, t in zip(seconds[reference], times, strict=True)
+            )
+            for name, times in seconds.items()
+        },
+        "targets": comparison.targets,
+        "peak_bytes": peaks,
+    }
+
+
+def circumstances() -> dict[str, Any]:
+    """Return when, where and with what a record was made."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "--short", "HEAD") or None,
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "gpuroi", "benchmarks/*.py")),
+        "processor": get_backend("cpu").device,
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "blas_threads": 1,
+        "versions": versions,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cases asked for; return 1 if a promise was not kept."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--case", choices=sorted(CASES), action="append", help="default: all")
+    parser.add_argument("--repeats", type=int, help="turns of each contender")
+    parser.add_argument("--output", type=Path, help="file to append to (default: in results/)")
+    parser.add_argument("--dry-run", action="store_true", help="print, but append nothing")
+    options = parser.parse_args(arguments)
+
+    kept = True
+    for case in options.case or sorted(CASES):
+        output = options.output or RESULTS / f"{case}.jsonl"
+        for comparison in CASES[case](False):
+            record = measure(comparison, options.repeats)
+            print(f"{record['comparison']}:")
+            for name, seconds in record["median_s"].items():
+                speed_up, target = record["speed_up"][name], record["targets"].get(name)
+                promise = "" if target is None else f"  (promised {target:g}x)"
+                peak = record["peak_bytes"].get(name)
+                memory = "" if peak is None else f"  peak {peak / 2**20:8.1f} MiB"
+                print(f"  {name:20} {seconds * 1e3:10.3f} ms {speed_up:8.1f}x{memory}{promise}")
+                kept &= target is None or speed_up >= target
+            if not options.dry_run:
+                with output.open("a") as lines:
+                    lines.write(json.dumps(record | circumstances()) + "\n")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
