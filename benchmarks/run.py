@@ -1,6 +1,6 @@
 """The clock: contenders take turns in one process, medians are kept, a line is appended.
 
-    python -m benchmarks.run --case components
+python -m benchmarks.run --case components
 """
 
 import argparse
@@ -34,15 +34,18 @@ def time_alternately(
 ) -> dict[str, list[float]]:
     """Return seconds a call, the contenders taking turns so that noise hits all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    gc.collect()
+    gc.freeze()  # collections between the turns then look at young objects only
+    gc.disable()
     for _ in range(repeats):
         for name, work in contenders.items():
-            gc.collect()
-            gc.disable()
             started = time.perf_counter()
             result = work()
             seconds[name].append(time.perf_counter() - started)
-            gc.enable()
             del result
+            gc.collect()
+    gc.enable()
+    gc.unfreeze()
     return seconds
 
 
@@ -76,9 +79,7 @@ def measure(comparison: Comparison, repeats: int | None = None) -> dict[str, Any
         "median_s": medians,
         # Neighbours in time share the machine's mood, so ratios are taken turn by turn.
         "speed_up": {
-            name: statistics.median(
-                r / t for r, t in zip(seconds[reference], times, strict=True)
-            )
+            name: statistics.median(r / t for r, t in zip(seconds[reference], times, strict=True))
             for name, times in seconds.items()
         },
         "targets": comparison.targets,
@@ -103,7 +104,9 @@ def circumstances() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "--short", "HEAD") or None,
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "gpuroi", "benchmarks/*.py")),
+        "uncommitted_changes": bool(
+            git("status", "--porcelain", "--", "gpuroi", "benchmarks/*.py")
+        ),
         "processor": get_backend("cpu").device,
         "cores": os.cpu_count(),
         "system": platform.system(),

@@ -161,7 +161,42 @@ def extract_regions(
     0      1      27       729.0         5.0
     1      2       8       216.0        -6.0
     """
-    recipe = Recipe(
+    recipe = make_recipe(
+        threshold,
+        tail=tail,
+        population=population,
+        mask_img=mask_img,
+        method=method,
+        connectivity=connectivity,
+        min_region_size=min_region_size,
+        smoothing_fwhm=smoothing_fwhm,
+        seed_distance=seed_distance,
+        resample_mask=resample_mask,
+    )
+    chosen = get_backend(backend)
+    if isinstance(img, Sequence | Iterator) and not isinstance(img, str):
+        maps = chain.from_iterable(io.read_maps(one) for one in img)
+        return list(extract_maps(maps, recipe, chosen))
+    volumes = io.read_maps(img)
+    results = list(extract_maps(volumes, recipe, chosen))
+    return results[0] if len(results) == 1 else results
+
+
+def make_recipe(
+    threshold: float | str = "97%",
+    *,
+    tail: str = "both",
+    population: str | ImageLike = "all",
+    mask_img: ImageLike | None = None,
+    method: str = "connected_components",
+    connectivity: int = 6,
+    min_region_size: float = 0.0,
+    smoothing_fwhm: float = 6.0,
+    seed_distance: int = 10,
+    resample_mask: bool = False,
+) -> Recipe:
+    """Return the parameters of `extract_regions`, checked; see there."""
+    return Recipe(
         threshold=_magnitude_threshold(threshold),
         tail=check_choice("tail", tail, TAILS),
         population=_check_population(population),
@@ -173,23 +208,18 @@ def extract_regions(
         seed_distance_voxels=seed_distance,
         resample_mask=resample_mask,
     )
-    chosen = get_backend(backend)
-    if isinstance(img, Sequence | Iterator) and not isinstance(img, str):
-        maps = chain.from_iterable(io.read_maps(one) for one in img)
-        return list(_extract(maps, recipe, chosen))
-    volumes = io.read_maps(img)
-    results = list(_extract(volumes, recipe, chosen))
-    return results[0] if len(results) == 1 else results
 
 
-def _extract(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> Iterator[Regions]:
+def extract_maps(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> Iterator[Regions]:
     """Yield the regions of each map, batch by batch of maps that share a grid and a dtype."""
     parameters = recipe.describe()
     for batch in _batches(map(_prepare, maps), backend.batch_bytes):
         source = batch[0].source
         masks = _Masks.load(recipe, source)
         min_voxels = _min_voxels(recipe.min_region_size_mm3, source.voxel_volume_mm3)
-        host = batch[0].volume[np.newaxis] if len(batch) == 1 else np.stack([m.volume for m in batch])
+        host = (
+            batch[0].volume[np.newaxis] if len(batch) == 1 else np.stack([m.volume for m in batch])
+        )
         labelled = chain.from_iterable(_label_batch(host, masks, min_voxels, recipe, backend))
         for prepared, found in zip(batch, labelled, strict=True):
             source = prepared.source
@@ -209,6 +239,7 @@ def _extract(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> Iterat
                     "cutoff": found.cutoff if math.isfinite(found.cutoff) else None,
                     "min_voxels": min_voxels,
                     "voxels_not_finite": prepared.n_not_finite,
+                    "largest_magnitude": prepared.largest_magnitude,
                     "regions": found.voxels.n_regions,
                     "backend": backend.name,
                     "device": backend.device,
@@ -224,6 +255,7 @@ class _Prepared:
     source: io.Map
     volume: FloatArray
     n_not_finite: int
+    largest_magnitude: float
 
     def fits(self, other: "_Prepared") -> bool:
         """Return whether both can go through the backend as one batch."""
@@ -240,20 +272,19 @@ def _prepare(source: io.Map) -> _Prepared:
         finite = np.isfinite(volume)
         n_not_finite = int(volume.size - np.count_nonzero(finite))
         volume = np.where(finite, volume, volume.dtype.type(0))
+        lowest, highest = volume.min(), volume.max()
         warnings.warn(
             f"{source.name}: {n_not_finite} voxels are NaN or infinite; they become background.",
             UserWarning,
             stacklevel=2,
         )
-    return _Prepared(source, volume, n_not_finite)
+    return _Prepared(source, volume, n_not_finite, float(max(highest, -lowest)))
 
 
 def _batches(prepared: Iterable[_Prepared], batch_bytes: int) -> Iterator[list[_Prepared]]:
     batch: list[_Prepared] = []
     for one in prepared:
-        if batch and (
-            not one.fits(batch[0]) or (len(batch) + 1) * one.volume.nbytes > batch_bytes
-        ):
+        if batch and (not one.fits(batch[0]) or (len(batch) + 1) * one.volume.nbytes > batch_bytes):
             yield batch
             batch = []
         batch.append(one)
@@ -345,9 +376,7 @@ def _label_on_device(
     else:
         cutoffs = cutoff_at(recipe.threshold.value, len(host), host.dtype)
 
-    found = backend.component_voxels(
-        maps, cutoffs, recipe.tail, recipe.connectivity, min_voxels
-    )
+    found = backend.component_voxels(maps, cutoffs, recipe.tail, recipe.connectivity, min_voxels)
     return [
         _VolumeLabels(*volume)
         for volume in zip(found, cutoffs.tolist(), scores, n_ranked, strict=True)

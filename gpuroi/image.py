@@ -115,9 +115,7 @@ def threshold_img(
     return image_like(image, data, copy_header=copy_header)
 
 
-def _cutoff(
-    backend: Backend, ranked: NDArray[Any], threshold: Threshold, two_sided: bool
-) -> float:
+def _cutoff(backend: Backend, ranked: NDArray[Any], threshold: Threshold, two_sided: bool) -> float:
     """Return the value to compare voxels with; where nobody is ranked, none survives."""
     if threshold.is_percentile:
         maps = backend.to_device(computable(ranked).reshape(1, 1, 1, -1))

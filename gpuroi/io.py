@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +35,7 @@ class Map:
     affine: NDArray[np.float64]  # voxel to mm
     header: Any
 
-    @property
+    @cached_property
     def voxel_volume_mm3(self) -> float:
         """Volume of one voxel."""
         return float(abs(np.linalg.det(self.affine[:3, :3])))

@@ -16,6 +16,7 @@ from gpuroi import io
 from gpuroi.errors import InvalidMapError
 from gpuroi.types import ImageLike
 
+
 def load_images(source: ImageLike | Iterable[ImageLike]) -> SpatialImage:
     """Return what nilearn would load: an image, a path or a pattern, or many as one 4-D image.
 

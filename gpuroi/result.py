@@ -72,11 +72,16 @@ class Regions:
         )
 
     @cached_property
+    def labels(self) -> NDArray[np.int32]:
+        """Labels (X, Y, Z), 0 is background."""
+        return self.voxels.labels()
+
+    @cached_property
     def labels_img(self) -> "nib.Nifti1Image":
         """Label image (X, Y, Z) int32 in the space of the map; 0 is background."""
         from gpuroi.io import labels_image
 
-        return labels_image(self.voxels.labels(), self.affine, self.header)
+        return labels_image(self.labels, self.affine, self.header)
 
     @cached_property
     def table(self) -> "pd.DataFrame":
@@ -99,7 +104,7 @@ class Regions:
             *center_mm.T,
             measures.touches_edge,
         )
-        return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+        return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), copy=False)
 
     def to_4d_img(self) -> "nib.Nifti1Image":
         """Return nilearn's stack (X, Y, Z, n) float32: each region's values in a volume of its own.
@@ -143,7 +148,7 @@ class Regions:
             )
         }
         paths["labels"].parent.mkdir(parents=True, exist_ok=True)
-        labels = self.voxels.labels().astype(io.smallest_label_dtype(len(self)))
+        labels = self.labels.astype(io.smallest_label_dtype(len(self)))
         table = self.table.rename(columns={"label": "index"})
         table.insert(1, "name", [f"region-{index}" for index in table["index"]])
         io.write_image(io.labels_image(labels, self.affine, self.header), paths["labels"])

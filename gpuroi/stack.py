@@ -70,18 +70,16 @@ class RegionStack:
         lowest = min((float(v.min(initial=0)) for v in values), default=0.0)
         return highest, lowest
 
-    def _fill(
-        self, out: NDArray[Any], volume: int, wanted: list[NDArray[np.intp]] | None
-    ) -> None:
+    def _fill(self, out: NDArray[Any], volume: int, wanted: list[NDArray[np.intp]] | None) -> None:
         part, k = self._volumes[volume]
         voxels = slice(part.starts[k], part.starts[k + 1])
-        x, y, z = np.unravel_index(part.index[voxels], part.shape)
+        xyz = tuple(coordinate[voxels] for coordinate in part.coordinates)
         values = part.values[voxels]
         if wanted is None:
-            out[x, y, z] = values
+            out[xyz] = values
             return
         places = []
-        for voxel, chosen, n in zip((x, y, z), wanted, part.shape, strict=True):
+        for voxel, chosen, n in zip(xyz, wanted, part.shape, strict=True):
             place_of = np.full(n, -1)
             place_of[chosen] = np.arange(chosen.size)
             places.append(place_of[voxel])
@@ -112,9 +110,7 @@ class RegionImage(nib.Nifti1Image):  # type: ignore[misc]
                 stream.write(values.tobytes(order="F"))
 
 
-def stack_image(
-    parts: list[RegionVoxels], affine: NDArray[np.float64], header: Any
-) -> RegionImage:
+def stack_image(parts: list[RegionVoxels], affine: NDArray[np.float64], header: Any) -> RegionImage:
     """Return the regions of all `parts` as one lazy 4-D image in the space of `header`."""
     stack = RegionStack(parts)
     new_header = nifti_header(header)

@@ -5,7 +5,6 @@ alone, ordered by region and, within one, in C order.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,16 +19,12 @@ class RegionVoxels:
 
     shape: tuple[int, int, int]
     index: NDArray[np.int64]  # (m,) flat, C order of `shape`
+    coordinates: tuple[NDArray[np.int64], ...]  # x, y, z, each (m,)
     values: NDArray[Any]  # (m,) of the map
     starts: NDArray[np.int64]  # (n + 1,)
 
     def __len__(self) -> int:
         return self.starts.size - 1
-
-    @cached_property
-    def coordinates(self) -> NDArray[np.int64]:
-        """Voxel coordinates ``(3, m)``."""
-        return np.stack(np.unravel_index(self.index, self.shape))
 
     def labels(self) -> NDArray[np.int32]:
         """Return the labels ``(X, Y, Z)``, 0 is background."""
@@ -47,8 +42,8 @@ def gather(found: LabelledVoxels, volume: NDArray[Any]) -> RegionVoxels:
     index = found.index[np.argsort(label, kind="stable")]
     starts = np.cumsum(np.bincount(label, minlength=found.n_regions + 1))
     # Not by flat index: the map may have any memory layout, and a copy of it would cost more.
-    values = volume[np.unravel_index(index, volume.shape)]
-    return RegionVoxels(volume.shape, index, values, starts)
+    coordinates = np.unravel_index(index, volume.shape)
+    return RegionVoxels(volume.shape, index, coordinates, volume[coordinates], starts)
 
 
 @dataclass(frozen=True)
@@ -86,22 +81,24 @@ def measure(regions: RegionVoxels) -> Measures:
         )
     values = regions.values.astype(np.float64)
     magnitudes = np.abs(values)
-    coordinates = regions.coordinates
-
     at_peak = np.flatnonzero(
         magnitudes == np.repeat(np.maximum.reduceat(magnitudes, starts), voxels)
     )
     peak = at_peak[np.searchsorted(at_peak, starts)]
     mass = np.add.reduceat(magnitudes, starts)
-    moments = np.add.reduceat(coordinates * magnitudes, starts, axis=1)
-    last = np.array(regions.shape).reshape(3, 1) - 1
-    on_edge = ((coordinates == 0) | (coordinates == last)).any(axis=0)
+    center_of_mass = np.empty((n, 3))
+    on_edge = np.zeros(values.size, bool)
+    for axis, (coordinate, length) in enumerate(
+        zip(regions.coordinates, regions.shape, strict=True)
+    ):
+        center_of_mass[:, axis] = np.add.reduceat(coordinate * magnitudes, starts) / mass
+        on_edge |= (coordinate == 0) | (coordinate == length - 1)
     return Measures(
         voxels=voxels,
         sign=np.sign(values[peak]).astype(np.int8),
         peak_value=values[peak],
-        peak=coordinates[:, peak].T,
+        peak=np.stack([coordinate[peak] for coordinate in regions.coordinates], axis=1),
         mean_value=np.add.reduceat(values, starts) / voxels,
-        center_of_mass=(moments / mass).T,
+        center_of_mass=center_of_mass,
         touches_edge=np.logical_or.reduceat(on_edge, starts),
     )

@@ -105,10 +105,16 @@ class CpuBackend:
         """Return a component (0..n-1) for each voxel of the foreground, and n."""
         if self._cc3d is None:
             return label_runs(signs, foreground, connectivity)
+        if foreground.size == 0:
+            return foreground, 0
+        # Without the empty slabs at either end of x, which are no copy to leave out.
+        slab = signs[0].size
+        begin, end = foreground[0] // slab, foreground[-1] // slab + 1
         labels, n_components = self._cc3d.connected_components(
-            signs, connectivity=connectivity, return_N=True
+            signs[begin:end], connectivity=connectivity, return_N=True
         )
-        return labels.ravel()[foreground].astype(np.intp) - 1, n_components
+        component = labels.ravel()[foreground - begin * slab]
+        return np.subtract(component, 1, dtype=np.intp), n_components
 
     def smooth(self, maps: FloatArray, sigma_voxels: tuple[float, float, float]) -> FloatArray:
         """See `gpuroi.backends.Backend.smooth`."""

@@ -48,7 +48,9 @@ def load() -> "CudaBackend":
             f"({type(error).__name__}: {error}); {_EXTRA}, whose 'ctk' parts bring the compiler."
         ) from error
     if computed != 6:
-        raise BackendUnavailableError(f"the CUDA device computed 0+1+2+3 = {computed}; it is faulty.")
+        raise BackendUnavailableError(
+            f"the CUDA device computed 0+1+2+3 = {computed}; it is faulty."
+        )
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
     packages = {
         "cupy": cupy.__version__,
@@ -68,9 +70,7 @@ class CudaBackend:
     name = "cuda"
     batch_bytes = 256 * 2**20  # 70 maps at 2 mm: enough work for every launch
 
-    def __init__(
-        self, xp: ModuleType, ndimage: Any, device: str, packages: dict[str, str]
-    ) -> None:
+    def __init__(self, xp: ModuleType, ndimage: Any, device: str, packages: dict[str, str]) -> None:
         self.xp = xp
         self.device = device
         self._ndimage = ndimage
@@ -101,13 +101,18 @@ class CudaBackend:
         xp = self.xp
         keys = _keys.magnitude(maps) if absolute else _keys.ordered(xp, maps)
         if population is not None:
-            keys = xp.where(population, keys, xp.iinfo(keys.dtype).max)
+            keys = xp.where(population, keys, _largest(keys))
         # Rows one by one: integers in one dimension go through CUB's radix sort.
         selected = xp.stack(
-            [xp.sort(row)[xp.asarray(rank)] for row, rank in zip(keys.reshape(len(maps), -1), ranks)]
+            [
+                xp.sort(row)[xp.asarray(rank)]
+                for row, rank in zip(keys.reshape(len(maps), -1), ranks)
+            ]
         )
-        values = selected.view(maps.dtype) if absolute else _keys.from_ordered(
-            xp, selected, maps.dtype.name
+        values = (
+            selected.view(maps.dtype)
+            if absolute
+            else _keys.from_ordered(xp, selected, maps.dtype.name)
         )
         return self.to_host(values)
 
@@ -238,7 +243,7 @@ class CudaBackend:
         structure[1] = _neighbourhood(6)
         labels, _ = self._ndimage.label((keys == highest) & (keys > floor_keys), structure)  # waits
         # Numbers run through the batch in C order: let each volume start at 1.
-        numbered = xp.where(labels > 0, labels, xp.iinfo(labels.dtype).max)
+        numbered = xp.where(labels > 0, labels, _largest(labels))
         below = numbered.reshape(len(maps), -1).min(axis=1).reshape(-1, 1, 1, 1) - 1
         return xp.where(labels > 0, labels - below, 0).astype(xp.int32)
 
@@ -248,9 +253,12 @@ def _neighbourhood(connectivity: Connectivity) -> NDArray[np.bool_]:
     return np.asarray(scipy_ndimage.generate_binary_structure(3, rank))
 
 
+def _largest(integers: Array) -> np.integer:
+    return integers.dtype.type(np.iinfo(integers.dtype).max)
+
+
 def _half_kernel(sigma: float) -> NDArray[np.float64]:
     """Return the weights of `scipy.ndimage.gaussian_filter1d`, from the centre outwards."""
     radius = int(4.0 * sigma + 0.5)
     weights = np.exp(-0.5 / (sigma * sigma) * np.arange(-radius, radius + 1) ** 2)
     return (weights / weights.sum())[radius:]
-

@@ -1,0 +1,279 @@
+"""The command line: parse, call, print, exit code; the science is elsewhere.
+
+Exit codes: 0 all maps done, 1 some maps failed, 2 the command itself cannot be carried out.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gpuroi.backends import Backend
+    from gpuroi.extract import Recipe
+    from gpuroi.result import Regions
+
+app = typer.Typer(
+    help="Turn statistical brain maps into regions, on a GPU or a CPU, with identical labels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Beyond these, a person no longer reads what scrolls past.
+_MOST_TABLES = 8
+_MOST_ROWS = 40
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from gpuroi import __version__
+
+        typer.echo(f"gpuroi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def extract(
+    maps: Annotated[
+        list[Path] | None, typer.Argument(metavar="MAP...", help="NIfTI files, 3-D or 4-D.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write to.")
+    ] = Path("regions-out"),
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Add the real sample map (needs gpuroi[sample]).")
+    ] = False,
+    threshold: Annotated[
+        str,
+        typer.Option(help="A percentile such as '97%', or a magnitude in map units such as 3.0."),
+    ] = "97%",
+    min_region_size: Annotated[
+        float, typer.Option(help="Smallest volume of a region, in mm^3.")
+    ] = 1500.0,
+    method: Annotated[
+        str, typer.Option(help="connected_components (local_regions is not in this release).")
+    ] = "connected_components",
+    connectivity: Annotated[
+        int, typer.Option(help="6, 18 or 26: voxels join by faces, edges too, corners too.")
+    ] = 6,
+    tail: Annotated[str, typer.Option(help="both, positive or negative values.")] = "both",
+    population: Annotated[
+        str, typer.Option(help="Voxels that a percentile ranks: all, nonzero, or a mask image.")
+    ] = "all",
+    mask: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="Mask image; voxels outside are background."),
+    ] = None,
+    resample_mask: Annotated[
+        bool, typer.Option("--resample-mask", help="Bring masks onto the grid of the map.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help="auto, cpu or cuda; see 'gpuroi devices'.")] = "auto",
+) -> None:
+    """Write the regions of each MAP: labels (.nii.gz), a table (.tsv) and provenance (.json).
+
+    The files are named after the map: sub-01_tmap.nii.gz gives
+    OUT/sub-01_tmap_desc-regions_dseg.nii.gz, .tsv and .json.
+    """
+    from rich.console import Console
+
+    from gpuroi.backends import get_backend
+    from gpuroi.datasets import load_sample_motor_activation_image
+    from gpuroi.extract import make_recipe
+
+    screen, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    with _usage_errors(errors):
+        sources = list(maps or [])
+        if sample:
+            sources.append(Path(load_sample_motor_activation_image()))
+        if not sources:
+            raise ValueError(
+                "there is no map to work on; name at least one file, or pass --sample."
+            )
+        stems = _stems(sources)
+        recipe = make_recipe(
+            _number_or_text(threshold),
+            tail=tail,
+            population=population,
+            mask_img=mask,
+            method=method,
+            connectivity=connectivity,
+            min_region_size=min_region_size,
+            resample_mask=resample_mask,
+        )
+        chosen = get_backend(backend)
+        output.mkdir(parents=True, exist_ok=True)
+
+    failed = 0
+    with _progress(errors, len(sources)) as advance:
+        for source, stem in zip(sources, stems, strict=True):
+            try:
+                results = _extract_one(source, output / stem, recipe, chosen, errors)
+            except (ValueError, OSError, MemoryError) as error:
+                failed += 1
+                named = str(error) if str(source) in str(error) else f"{source}: {error}"
+                _say(errors, "failed", named, "bold red")
+            else:
+                for regions, path in results:
+                    _show(screen, regions, path, as_table=len(sources) <= _MOST_TABLES)
+            advance()
+    if failed:
+        errors.print(f"{failed} of {len(sources)} maps failed; the others are in {output}.")
+        raise typer.Exit(1)
+
+
+@app.command()
+def devices() -> None:
+    """Say which backends can run here, on what, and why the others cannot."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from gpuroi.backends import available_backends, get_backend
+
+    table = Table("backend", "runs here", "device, or what is missing", "versions")
+    for name, reason in available_backends().items():
+        if reason is None:
+            backend = get_backend(name)
+            versions = "\n".join(f"{k} {v}" for k, v in backend.versions().items())
+            table.add_row(name, "yes", backend.device, versions)
+        else:
+            table.add_row(name, "no", Text(reason), "")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"'auto' takes {get_backend().name}.")
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="gpuroi")
+
+
+def _extract_one(
+    source: Path, prefix: Path, recipe: "Recipe", backend: "Backend", errors: "Console"
+) -> list[tuple["Regions", Path]]:
+    """Write the regions of every volume of `source`; return them with their label images."""
+    from gpuroi import io
+    from gpuroi.extract import extract_maps
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        volumes = io.read_maps(source)
+        results = []
+        for number, regions in enumerate(extract_maps(volumes, recipe, backend)):
+            volume = f"_vol-{number:04d}" if len(volumes) > 1 else ""
+            paths = regions.save(f"{prefix}{volume}_desc-regions_dseg")
+            results.append((regions, paths["labels"]))
+    for warning in caught:
+        _say(errors, "warning", str(warning.message), "yellow")
+    return results
+
+
+def _stems(sources: list[Path]) -> list[str]:
+    """Return the names of `sources` without extensions, which name the outputs."""
+    first: dict[str, Path] = {}
+    for source in sources:
+        stem = source.name
+        for extension in (".gz", ".nii", ".img", ".hdr", ".mgz", ".mgh"):
+            stem = stem.removesuffix(extension)
+        if stem in first:
+            raise ValueError(
+                f"{first[stem]} and {source} would write the same files ({stem}_desc-regions_dseg); "
+                "extract them into separate folders."
+            )
+        first[stem] = source
+    return list(first)
+
+
+def _number_or_text(threshold: str) -> float | str:
+    try:
+        return float(threshold)
+    except ValueError:
+        return threshold
+
+
+def _say(console: "Console", word: str, message: str, style: str) -> None:
+    """Print `message` as it is (it may hold brackets, which rich would take for its markup)."""
+    from rich.text import Text
+
+    console.print(Text(f"{word}: ", style).append(message, "default"), soft_wrap=True)
+
+
+@contextmanager
+def _usage_errors(errors: "Console") -> Iterator[None]:
+    """Turn an error of the block into its message and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+        _say(errors, "error", str(error), "bold red")
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress(console: "Console", total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar on a terminal when there is more than one map; yield what advances it."""
+    if total < 2 or not console.is_terminal:
+        yield lambda: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("maps", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _show(screen: "Console", regions: "Regions", path: Path, *, as_table: bool) -> None:
+    """Print the regions of one map as a table, or as one line."""
+    from rich.table import Table
+    from rich.text import Text
+
+    asked = regions.provenance["parameters"]
+    reach = {"both": "|value| ≥ ", "positive": "value ≥ ", "negative": "value ≤ -"}[asked["tail"]]
+    heading = (
+        f": {len(regions)} regions of at least {asked['min_region_size_mm3']:g} mm³ at "
+        f"{reach}{regions.cutoff:.6g} (threshold {asked['threshold']}, "
+        f"{regions.provenance['backend']})"
+    )
+    screen.print(Text(str(path), "bold").append(heading, "default"), soft_wrap=True)
+    if len(regions) == 0:
+        highest = regions.provenance["largest_magnitude"]
+        screen.print(
+            f"  Nothing found; the largest magnitude is {highest:.6g}. "
+            "A percentile needs its percent sign: 97%."
+        )
+    if not as_table or len(regions) == 0:
+        return
+    table = Table("label", "voxels", "mm³", "peak", "peak x y z (mm)", "mean", "at edge")
+    for column in table.columns[:-1]:
+        column.justify = "right"
+    for row in regions.table.head(_MOST_ROWS).itertuples():
+        table.add_row(
+            str(row.label),
+            str(row.voxels),
+            f"{row.volume_mm3:.0f}",
+            f"{row.peak_value:.2f}",
+            f"{row.peak_x:.1f} {row.peak_y:.1f} {row.peak_z:.1f}",
+            f"{row.mean_value:.2f}",
+            "yes" if row.touches_edge else "",
+        )
+    screen.print(table)
+    if len(regions) > _MOST_ROWS:
+        screen.print(f"  … and {len(regions) - _MOST_ROWS} more in {path.name.split('.')[0]}.tsv")
