@@ -104,9 +104,7 @@ def extract(
         if sample:
             sources.append(Path(load_sample_motor_activation_image()))
         if not sources:
-            raise ValueError(
-                "there is no map to work on; name at least one file, or pass --sample."
-            )
+            raise ValueError("there is no map to work on; name a file, or pass --sample.")
         stems = _stems(sources)
         recipe = make_recipe(
             _number_or_text(threshold),
@@ -195,7 +193,7 @@ def _stems(sources: list[Path]) -> list[str]:
             stem = stem.removesuffix(extension)
         if stem in first:
             raise ValueError(
-                f"{first[stem]} and {source} would write the same files ({stem}_desc-regions_dseg); "
+                f"{first[stem]} and {source} would both write {stem}_desc-regions_dseg.nii.gz; "
                 "extract them into separate folders."
             )
         first[stem] = source

@@ -16,7 +16,7 @@ from gpuroi.arrays import computable
 from gpuroi.backends import Backend, get_backend
 from gpuroi.masks import load_mask
 from gpuroi.niimg import image_like, load_images, voxels
-from gpuroi.types import ImageLike
+from gpuroi.types import ImageLike, Tail
 
 __all__ = ["threshold_img"]
 
@@ -119,7 +119,7 @@ def _cutoff(backend: Backend, ranked: NDArray[Any], threshold: Threshold, two_si
     """Return the value to compare voxels with; where nobody is ranked, none survives."""
     if threshold.is_percentile:
         maps = backend.to_device(computable(ranked).reshape(1, 1, 1, -1))
-        tail = "both" if two_sided else "positive"
+        tail: Tail = "both" if two_sided else "positive"
         (score,), (n_ranked,) = percentile_scores(backend, maps, threshold.value, tail)
         return float(score) + NILEARN_OFFSET if n_ranked else math.inf
     value = threshold.value

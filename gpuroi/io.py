@@ -1,6 +1,5 @@
 """Maps and masks in, labels and tables out: the only place that reads and writes image files."""
 
-import gzip
 import io
 import os
 import secrets
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
@@ -88,7 +87,7 @@ def load(source: ImageLike) -> SpatialImage:
             "no NIfTI image or its header is damaged."
         )
     try:
-        return nib.load(path)
+        return cast(SpatialImage, nib.load(path))
     except (ImageFileError, HeaderDataError, WrapStructError, OSError, ValueError) as error:
         raise InvalidMapError(f"{path}: no image that nibabel can read ({error}).") from error
 
@@ -96,7 +95,7 @@ def load(source: ImageLike) -> SpatialImage:
 def _decompress(path: Path, compressed: bytes) -> bytes:
     try:
         return bytes(igzip.decompress(compressed))
-    except (isal_zlib.error, gzip.BadGzipFile, EOFError) as error:
+    except (isal_zlib.IsalError, OSError, EOFError) as error:  # OSError: gzip's BadGzipFile
         raise InvalidMapError(
             f"{path}: the gzip stream is damaged or cut short ({error}); fetch or write it again."
         ) from error
@@ -122,7 +121,7 @@ def _nifti_from_bytes(path: Path, image_class: Any, raw: bytes) -> SpatialImage:
             f"{len(raw)} ({'cut short' if len(raw) < offset + n_bytes else 'trailing garbage'})."
         )
     image.set_filename(path)
-    return image
+    return cast(SpatialImage, image)
 
 
 def real_voxels(image: SpatialImage, name: str) -> NDArray[Any]:

@@ -65,7 +65,7 @@ def image_like(
     reference: SpatialImage, data: NDArray[Any], *, copy_header: bool = True
 ) -> SpatialImage:
     """Return an image of the class, affine and (if asked) header of `reference` with `data`."""
-    header = None
+    header: Any = None
     if copy_header:
         header = reference.header.copy()
         fields = header.keys() if hasattr(header, "keys") else ()

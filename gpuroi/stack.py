@@ -9,7 +9,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.fileslice import canonical_slicers
-from nibabel.filename_parser import splitext_addext
 from nibabel.volumeutils import seek_tell
 from numpy.typing import NDArray
 
@@ -87,15 +86,15 @@ class RegionStack:
         out[tuple(place[inside] for place in places)] = values[inside]
 
 
-class RegionImage(nib.Nifti1Image):  # type: ignore[misc]
+class RegionImage(nib.Nifti1Image):
     """A `nibabel.Nifti1Image` that writes a `RegionStack` to disk volume by volume."""
 
-    def to_file_map(self, file_map: Any = None, dtype: Any = None) -> None:
+    def to_file_map(self, file_map: Any = None, dtype: Any = None, **kwargs: Any) -> None:
         """Write the image; a stack is never made dense if it is stored as the float32 it is."""
         stack = self.dataobj
         target = np.dtype(dtype) if dtype is not None else self.get_data_dtype()
         if not isinstance(stack, RegionStack) or target != _DTYPE:
-            super().to_file_map(file_map, dtype)
+            super().to_file_map(file_map, dtype, **kwargs)
             return
         self.file_map = self.file_map if file_map is None else file_map
         self.update_header()

@@ -98,7 +98,8 @@ def percentile_scores(
         return scores, n_ranked
     if somebody.size < len(maps):
         chosen = backend.xp.asarray(somebody)
-        maps, members = maps[chosen], members[chosen]
+        maps = maps[chosen]
+        members = None if members is None else members[chosen]
 
     # The float64 arithmetic of scoreatpercentile, in its order.
     last = n_ranked[somebody] - 1
@@ -133,7 +134,7 @@ def _conditions(maps: Array, tail: Tail, nonzero_only: bool) -> Iterator[Array]:
 
 
 def cutoff_above(scores: NDArray[np.float64], dtype: np.dtype) -> FloatArray:
-    """Return the smallest values of `dtype` above `scores`, so that ``x >= cutoff`` is ``x > score``.
+    """Return the smallest values of `dtype` above `scores`: ``x >= cutoff`` is ``x > score``.
 
     Strictly above the percentile, so that zeros stay background when most of a map is zero, and a
     constant map has no region. NaN, the score of nobody, gives infinity: no voxel reaches it.

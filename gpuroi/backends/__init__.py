@@ -2,15 +2,16 @@
 
 A backend is one module in this folder with a function ``load()`` that returns an object with the
 verbs of `Backend`, or raises `BackendUnavailableError` with the reason. It must pass
-`gpuroi.testing.BackendContract`. Modules whose names start with an underscore are parts of backends.
+`gpuroi.testing.BackendContract`. A module whose name starts with an underscore is a part of others.
 """
 
 import importlib
 import os
 import pkgutil
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,8 @@ PREFERENCE = ("cuda", "cpu")
 ENVIRONMENT_VARIABLE = "GPUROI_BACKEND"
 
 
-class LabelledVoxels(NamedTuple):
+@dataclass(frozen=True)
+class LabelledVoxels:
     """The voxels of one volume's regions, in C order."""
 
     index: NDArray[np.int64]  # flat
@@ -50,7 +52,7 @@ class Backend(Protocol):
     def to_device(self, host: NDArray[np.generic]) -> Array:
         """Return `host` as a C-contiguous array of this backend."""
 
-    def to_host(self, array: Array) -> NDArray[np.generic]:
+    def to_host(self, array: Array) -> Any:
         """Return `array` as a NumPy array, waiting until it has been computed."""
 
     def order_statistics(

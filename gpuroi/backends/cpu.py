@@ -15,6 +15,7 @@ from gpuroi.backends._runs import label_runs
 from gpuroi.backends._select import order_statistic
 from gpuroi.types import Connectivity, FloatArray, Tail
 
+cc3d: ModuleType | None
 try:
     import cc3d
 except ImportError:
@@ -77,9 +78,9 @@ class CpuBackend:
         labels = np.zeros(maps.shape, np.int32)
         counts = np.empty(len(maps), np.int32)
         found = self.component_voxels(maps, cutoffs, tail, connectivity, min_voxels)
-        for b, (index, label, n_regions) in enumerate(found):
-            labels[b].ravel()[index] = label
-            counts[b] = n_regions
+        for b, voxels in enumerate(found):
+            labels[b].ravel()[voxels.index] = voxels.label
+            counts[b] = voxels.n_regions
         return labels, counts
 
     def component_voxels(

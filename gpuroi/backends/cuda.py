@@ -8,7 +8,7 @@ from SciPy (percentiles, Gaussian filters) are replaced by exact ones made of ar
 
 import importlib.metadata
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +86,7 @@ class CudaBackend:
         """See `gpuroi.backends.Backend.to_device`."""
         return self.xp.ascontiguousarray(self.xp.asarray(host))
 
-    def to_host(self, array: Array) -> NDArray[np.generic]:
+    def to_host(self, array: Array) -> Any:
         """See `gpuroi.backends.Backend.to_host`."""
         return array.get() if hasattr(array, "get") else array  # waits
 
@@ -102,19 +102,14 @@ class CudaBackend:
         keys = _keys.magnitude(maps) if absolute else _keys.ordered(xp, maps)
         if population is not None:
             keys = xp.where(population, keys, _largest(keys))
-        # Rows one by one: integers in one dimension go through CUB's radix sort.
+        # Row by row: integers in one dimension go through CUB's radix sort.
+        rows = keys.reshape(len(maps), -1)
         selected = xp.stack(
-            [
-                xp.sort(row)[xp.asarray(rank)]
-                for row, rank in zip(keys.reshape(len(maps), -1), ranks)
-            ]
+            [xp.sort(row)[xp.asarray(rank)] for row, rank in zip(rows, ranks, strict=True)]
         )
-        values = (
-            selected.view(maps.dtype)
-            if absolute
-            else _keys.from_ordered(xp, selected, maps.dtype.name)
-        )
-        return self.to_host(values)
+        dtype = maps.dtype.name
+        values = selected.view(dtype) if absolute else _keys.from_ordered(xp, selected, dtype)
+        return cast(FloatArray, self.to_host(values))
 
     def components(
         self,
@@ -253,12 +248,14 @@ def _neighbourhood(connectivity: Connectivity) -> NDArray[np.bool_]:
     return np.asarray(scipy_ndimage.generate_binary_structure(3, rank))
 
 
-def _largest(integers: Array) -> np.integer:
+def _largest(integers: Array) -> Any:
     return integers.dtype.type(np.iinfo(integers.dtype).max)
 
 
 def _half_kernel(sigma: float) -> NDArray[np.float64]:
     """Return the weights of `scipy.ndimage.gaussian_filter1d`, from the centre outwards."""
     radius = int(4.0 * sigma + 0.5)
-    weights = np.exp(-0.5 / (sigma * sigma) * np.arange(-radius, radius + 1) ** 2)
-    return (weights / weights.sum())[radius:]
+    offsets = np.arange(-radius, radius + 1)
+    weights: NDArray[np.float64] = np.exp(-0.5 / (sigma * sigma) * offsets**2)
+    weights /= weights.sum()
+    return weights[radius:]
