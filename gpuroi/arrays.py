@@ -55,7 +55,7 @@ def percentile_cutoff(
 
 
 def threshold(maps: Array, cutoff: float | Array, *, tail: Tail = "both") -> Array:
-    """Return `maps` with every voxel short of `cutoff` set to zero, in the dtype of `maps`.
+    """Return `maps` with every voxel short of `cutoff` set to zero, in their dtype (native bytes).
 
     `cutoff` is a magnitude above zero, one for all volumes or one each (B,); voxels are compared in
     float32 for float32 (and float16, and integers up to 16 bits) and in float64 for all others.

@@ -328,7 +328,7 @@ class _VolumeLabels:
 
 
 def _label_batch(
-    host: FloatArray, masks: _Masks, min_voxels: int, recipe: Recipe, backend: Backend
+    host: NDArray[Any], masks: _Masks, min_voxels: int, recipe: Recipe, backend: Backend
 ) -> Iterator[list[_VolumeLabels]]:
     """Yield the labels of `host` ``(B, X, Y, Z)``, in halves where the device is too small."""
     try:
@@ -349,7 +349,7 @@ def _label_batch(
 
 
 def _label_on_device(
-    host: FloatArray, masks: _Masks, min_voxels: int, recipe: Recipe, backend: Backend
+    host: NDArray[Any], masks: _Masks, min_voxels: int, recipe: Recipe, backend: Backend
 ) -> list[_VolumeLabels]:
     xp = backend.xp
     maps = backend.to_device(host)

@@ -22,6 +22,8 @@ from gpuroi.errors import InvalidMapError
 from gpuroi.types import ImageLike
 
 _GZIP_MAGIC = b"\x1f\x8b"
+# Any, because isal's stubs call its exception class an instance. OSError is gzip's BadGzipFile.
+_GZIP_ERRORS: Any = (isal_zlib.error, EOFError, OSError)
 _NIFTI_CLASSES = (nib.Nifti1Image, nib.Nifti2Image)
 
 
@@ -95,7 +97,7 @@ def load(source: ImageLike) -> SpatialImage:
 def _decompress(path: Path, compressed: bytes) -> bytes:
     try:
         return bytes(igzip.decompress(compressed))
-    except (isal_zlib.IsalError, OSError, EOFError) as error:  # OSError: gzip's BadGzipFile
+    except _GZIP_ERRORS as error:
         raise InvalidMapError(
             f"{path}: the gzip stream is damaged or cut short ({error}); fetch or write it again."
         ) from error

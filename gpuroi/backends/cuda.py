@@ -229,14 +229,20 @@ class CudaBackend:
     def local_maxima(self, maps: Array, distance: int, floors: FloatArray) -> Array:
         """See `gpuroi.backends.Backend.local_maxima`."""
         xp = self.xp
-        keys = _keys.ordered(xp, maps)
-        floor_keys = _keys.ordered(xp, xp.asarray(floors)).reshape(-1, 1, 1, 1)
+        heights, floor_heights = maps, xp.asarray(floors)
+        if maps.dtype == np.float32:
+            # Only single precision is flushed to zero, and only 32 bits fit into the doubles that
+            # filters compute with.
+            heights, floor_heights = (_keys.ordered(xp, values) for values in (maps, floor_heights))
         width = 2 * distance + 1
-        # Zero is the key of 0.0: outside counts as zero, below every maximum that may be found.
-        highest = self._ndimage.maximum_filter(keys, size=(1, width, width, width), mode="constant")
+        # Outside counts as 0, which is the key of 0.0 too: below every maximum that may be found.
+        highest = self._ndimage.maximum_filter(
+            heights, size=(1, width, width, width), mode="constant"
+        )
+        is_seed = (heights == highest) & (heights > floor_heights.reshape(-1, 1, 1, 1))
         structure = np.zeros((3, 3, 3, 3), bool)
         structure[1] = _neighbourhood(6)
-        labels, _ = self._ndimage.label((keys == highest) & (keys > floor_keys), structure)  # waits
+        labels, _ = self._ndimage.label(is_seed, structure)  # waits
         # Numbers run through the batch in C order: let each volume start at 1.
         numbered = xp.where(labels > 0, labels, _largest(labels))
         below = numbered.reshape(len(maps), -1).min(axis=1).reshape(-1, 1, 1, 1) - 1

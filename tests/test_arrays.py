@@ -1,0 +1,84 @@
+"""The array door: shapes, batches, and what is refused."""
+
+import numpy as np
+import pytest
+
+from gpuroi import arrays
+from gpuroi.testing import make_maps, require_backend
+
+MAPS = make_maps("smooth", (3, 8, 9, 10), "float32", 0)
+
+
+def test_a_batch_is_its_volumes():
+    labels, counts = arrays.label(MAPS, [0.4, 0.5, 0.6], connectivity=18, min_voxels=3)
+    scores = arrays.percentile_cutoff(MAPS, 90, tail="negative")
+    assert labels.shape == MAPS.shape
+    assert labels.dtype == counts.dtype == np.int32
+    for volume, volume_labels, count, score, cutoff in zip(
+        MAPS, labels, counts, scores, (0.4, 0.5, 0.6), strict=True
+    ):
+        alone, alone_count = arrays.label(volume, cutoff, connectivity=18, min_voxels=3)
+        np.testing.assert_array_equal(alone, volume_labels)
+        assert alone_count == count
+        assert arrays.percentile_cutoff(volume, 90, tail="negative") == score
+
+
+def test_a_population_of_one_volume_holds_for_all():
+    population = np.random.default_rng(0).random(MAPS.shape[1:]) < 0.5
+    expected = [arrays.percentile_cutoff(volume, 80, population=population) for volume in MAPS]
+    assert arrays.percentile_cutoff(MAPS, 80, population=population).tolist() == expected
+
+
+def test_nobody_ranked_is_nan_without_hiding_the_others():
+    maps = np.stack([np.full((2, 2, 2), -1.0), np.full((2, 2, 2), 2.0)])
+    np.testing.assert_array_equal(
+        arrays.percentile_cutoff(maps, 50, tail="positive"), [np.nan, 2.0]
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_voxels_that_are_not_finite_are_background_and_rank_as_zero(bad):
+    volume = np.array([[[bad, 3.0, 1.0, bad]]])
+    labels, count = arrays.label(volume, 0.5)
+    assert labels.tolist() == [[[0, 1, 1, 0]]]
+    assert count == 1
+    assert arrays.percentile_cutoff(volume, 50) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: arrays.label(MAPS[0, 0], 1.0), ValueError, r"shape \(9, 10\); pass \(X, Y, Z\)"),
+        (lambda: arrays.label([[[1.0]]], 1.0), TypeError, "list is no array of a backend"),
+        (lambda: arrays.label(MAPS * 1j, 1.0), TypeError, "maps are complex64; pass real"),
+        (lambda: arrays.label(MAPS, 0.0), ValueError, "cutoff=0.0 is not above zero"),
+        (lambda: arrays.label(MAPS, np.nan), ValueError, "cutoff=nan is not above zero"),
+        (lambda: arrays.label(MAPS, 1.0, tail="two"), ValueError, "tail='two' is not one of"),
+        (lambda: arrays.label(MAPS, 1.0, connectivity=8), ValueError, "connectivity=8 is not"),
+        (lambda: arrays.percentile_cutoff(MAPS, 101), ValueError, "percentile=101 is outside"),
+        (lambda: arrays.percentile_cutoff(MAPS, 5, tail=""), ValueError, "tail='' is not one of"),
+        (lambda: arrays.region_sizes(MAPS[0]), TypeError, "labels are float32; pass integers"),
+        (lambda: arrays.remove_small(MAPS, 2), ValueError, r"pass one volume \(X, Y, Z\)"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_cupy_in_cupy_out():
+    cuda = require_backend("cuda")
+    device_maps = cuda.to_device(MAPS)
+    labels, counts = arrays.label(device_maps, 0.5)
+    assert type(labels) is type(counts) is type(device_maps)
+    for actual, expected in zip((labels, counts), arrays.label(MAPS, 0.5), strict=True):
+        np.testing.assert_array_equal(cuda.to_host(actual), expected)
+    np.testing.assert_array_equal(
+        arrays.percentile_cutoff(device_maps, 97), arrays.percentile_cutoff(MAPS, 97)
+    )
+    np.testing.assert_array_equal(
+        cuda.to_host(arrays.threshold(device_maps, 0.5)), arrays.threshold(MAPS, 0.5)
+    )
+    np.testing.assert_array_equal(
+        cuda.to_host(arrays.remove_small(labels[0], 4)), arrays.remove_small(labels[0].get(), 4)
+    )

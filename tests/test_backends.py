@@ -1,0 +1,130 @@
+"""Every backend passes the contract; and how one is found and chosen."""
+
+import sys
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from gpuroi import backends
+from gpuroi.backends.cpu import CpuBackend, cc3d
+from gpuroi.backends.cuda import CudaBackend
+from gpuroi.errors import BackendUnavailableError, UnknownBackendError
+from gpuroi.testing import BackendContract, make_maps, require_backend
+
+
+class TestInstalledBackends(BackendContract):
+    @pytest.fixture(params=backends.names())
+    def backend(self, request):
+        return require_backend(request.param)
+
+
+class TestCpuBackendWithoutExtras(BackendContract):
+    @pytest.fixture
+    def backend(self):
+        return CpuBackend(use_cc3d=False)
+
+
+class TestCudaBackendOnNumpy(BackendContract):
+    """The lines of the CUDA backend, with NumPy and SciPy in the place of CuPy.
+
+    Shows that the array operations are the right ones; how CuPy carries them out on a device is
+    for the run with GPUROI_REQUIRE=cuda to show.
+    """
+
+    @pytest.fixture
+    def backend(self):
+        return CudaBackend(np, ndimage, "NumPy in the place of CuPy", {})
+
+
+@pytest.mark.skipif(cc3d is None, reason="connected-components-3d is not installed")
+def test_cc3d_is_used_where_installed_and_named_in_the_versions():
+    assert CpuBackend().versions()["connected-components-3d"] == version("connected-components-3d")
+    assert "connected-components-3d" not in CpuBackend(use_cc3d=False).versions()
+
+
+def test_cuim_labels_agree_with_the_cuda_backend():
+    cuda = require_backend("cuda")
+    measure = pytest.importorskip("cucim.skimage.measure")
+    maps = cuda.to_device(make_maps("smooth", (4, 21, 22, 23), "float32", 0))
+    for connectivity, rank in ((6, 1), (18, 2), (26, 3)):
+        labels, _ = cuda.components(maps, np.full(4, 0.5, np.float32), "positive", connectivity, 1)
+        for volume, expected in zip(maps, labels, strict=True):
+            # As integers: cuCIM casts floats to int before it labels, and 0.5 becomes background.
+            foreground = (volume >= np.float32(0.5)).astype(np.int32)
+            np.testing.assert_array_equal(
+                cuda.to_host(measure.label(foreground, connectivity=rank)), cuda.to_host(expected)
+            )
+
+
+def test_volumes_beyond_the_index_range_of_one_launch_go_in_pieces(monkeypatch):
+    monkeypatch.setattr("gpuroi.backends.cuda._MAX_VOXELS", 2 * 5 * 6 * 7)
+    cuda = CudaBackend(np, ndimage, "", {})
+    maps = make_maps("smooth", (5, 5, 6, 7), "float32", 3)
+    cutoffs = np.linspace(0.2, 1, 5).astype(np.float32)
+    pieces = cuda.components(maps, cutoffs, "both", 18, 2)
+    for actual, expected in zip(
+        pieces, CpuBackend().components(maps, cutoffs, "both", 18, 2), strict=True
+    ):
+        np.testing.assert_array_equal(actual, expected)
+    monkeypatch.setattr("gpuroi.backends.cuda._MAX_VOXELS", 100)
+    with pytest.raises(ValueError, match="a volume of 210 voxels is too large for 32-bit labels"):
+        cuda.components(maps, cutoffs, "both", 18, 2)
+
+
+def test_discovery_is_by_file_name():
+    assert backends.names() == ("cpu", "cuda")
+    assert set(backends.PREFERENCE) <= set(backends.names())
+
+
+def test_available_backends_gives_none_or_the_reason():
+    available = backends.available_backends()
+    assert available["cpu"] is None
+    assert available["cuda"] is None or "CUDA" in available["cuda"] or "CuPy" in available["cuda"]
+
+
+def test_argument_beats_environment_beats_auto(monkeypatch):
+    monkeypatch.setenv("GPUROI_BACKEND", "cpu")
+    assert backends.get_backend().name == "cpu"
+    monkeypatch.setenv("GPUROI_BACKEND", "abacus")
+    assert backends.get_backend("cpu").name == "cpu"
+    with pytest.raises(
+        UnknownBackendError, match=r"GPUROI_BACKEND='abacus' is unknown; .*cpu, cuda"
+    ):
+        backends.get_backend()
+    monkeypatch.setenv("GPUROI_BACKEND", "")
+    assert backends.get_backend("auto").name in backends.names()
+
+
+def test_an_unknown_name_is_told_from_a_missing_dependency(monkeypatch):
+    with pytest.raises(UnknownBackendError, match="backend='tpu' is unknown; gpuroi has cpu, cuda"):
+        backends.get_backend("tpu")
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    backends._load.cache_clear()
+    try:
+        with pytest.raises(BackendUnavailableError, match=r"CuPy cannot be .*gpuroi\[cuda13\]"):
+            backends.get_backend("cuda")
+        assert backends.get_backend("auto").name == "cpu"  # auto may fall back, a name may not
+    finally:
+        backends._load.cache_clear()
+
+
+def test_an_instance_is_a_choice_too():
+    backend = CpuBackend()
+    assert backends.get_backend(backend) is backend
+    with pytest.raises(TypeError, match="backend=3 is not a backend"):
+        backends.get_backend(3)
+
+
+def test_require_fails_where_skipping_would_hide_a_missing_device(monkeypatch):
+    def unavailable(name):
+        raise BackendUnavailableError("no CUDA device")
+
+    monkeypatch.setattr("gpuroi.testing.get_backend", unavailable)
+    monkeypatch.delenv("GPUROI_REQUIRE", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no CUDA device"):
+        require_backend("cuda")
+    monkeypatch.setenv("GPUROI_REQUIRE", "cuda")
+    with pytest.raises(BackendUnavailableError):
+        require_backend("cuda")

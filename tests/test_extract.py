@@ -1,0 +1,383 @@
+"""The native door: parameters, batches, masks, bad maps, and what a result offers."""
+
+import json
+import pickle
+import warnings
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import ndimage, stats
+
+import gpuroi
+from gpuroi import extract
+from gpuroi.backends.cpu import CpuBackend
+from gpuroi.backends.cuda import CudaBackend
+from gpuroi.datasets import load_sample_motor_activation_image
+from gpuroi.errors import DeviceMemoryError, InvalidMapError, UnsupportedMethodError
+from gpuroi.result import COLUMNS
+from gpuroi.testing import make_maps, require_backend
+
+AFFINES = {
+    "2 mm": np.diag([2.0, 2.0, 2.0, 1.0]),
+    "anisotropic": np.array([[3.0, 0, 0, 5], [0, 1.5, 0, -7], [0, 0, 4, 11], [0, 0, 0, 1]]),
+    "flipped": np.array([[-2.0, 0, 0, 90], [0, 2, 0, -126], [0, 0, 2, -72], [0, 0, 0, 1]]),
+    "oblique": np.array([[1.9, 0.4, 0, 3], [-0.5, 2.1, 0.3, 4], [0.1, -0.2, 2.4, 5], [0, 0, 0, 1]]),
+}
+
+
+def blobs(shape=(12, 14, 16), seed=0, scale=5.0):
+    noise = np.random.default_rng(seed).standard_normal(shape)
+    return (ndimage.gaussian_filter(noise, 1.2) * scale).astype(np.float32)
+
+
+def image(data, affine=AFFINES["2 mm"]):
+    return nib.Nifti1Image(data, affine)
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return nib.load(load_sample_motor_activation_image())
+
+
+class TestLabels:
+    @pytest.mark.parametrize("name", gpuroi.available_backends())
+    @pytest.mark.parametrize("threshold", ["99%", "97%", "90%", "80%", 3.0])
+    def test_every_backend_finds_the_same_regions_of_the_real_map(self, sample, name, threshold):
+        backends = [CpuBackend(use_cc3d=False), require_backend(name)]
+        backends.append(CudaBackend(np, ndimage, "", {}))
+        expected, *others = (
+            gpuroi.extract_regions(sample, threshold, min_region_size=200, backend=backend)
+            for backend in backends
+        )
+        assert len(expected) > 0
+        for regions in others:
+            np.testing.assert_array_equal(regions.labels, expected.labels)
+            pd.testing.assert_frame_equal(regions.table, expected.table, check_exact=True)
+            assert regions.cutoff == expected.cutoff
+
+    def test_a_path_and_its_image_give_the_same(self, sample):
+        path = load_sample_motor_activation_image()
+        from_path, from_image = gpuroi.extract_regions(path), gpuroi.extract_regions(sample)
+        np.testing.assert_array_equal(from_path.labels, from_image.labels)
+        assert from_path.provenance["source"] == path
+
+    def test_a_region_of_exactly_the_minimum_is_kept(self):
+        data = np.zeros((5, 5, 5))
+        data[1:3, 1:3, 1:3] = 4.0
+        for affine in AFFINES.values():
+            volume = 8 * abs(np.linalg.det(affine[:3, :3]))
+            kept = gpuroi.extract_regions(image(data, affine), 3.0, min_region_size=volume)
+            assert kept.table["voxels"].tolist() == [8]
+            assert (
+                len(gpuroi.extract_regions(image(data, affine), 3.0, min_region_size=volume * 1.01))
+                == 0
+            )
+
+    def test_a_value_threshold_is_reached_in_the_dtype_of_the_map(self):
+        data = np.full((1, 1, 2), 0.3, np.float32)
+        assert len(gpuroi.extract_regions(image(data), 0.3)) == 1  # float32(0.3) > 0.3
+        assert len(gpuroi.extract_regions(image(data), np.nextafter(np.float32(0.3), 1))) == 0
+
+    @pytest.mark.parametrize("threshold", [0, 1e-60])
+    def test_zeros_are_background_at_any_threshold(self, threshold):
+        data = np.zeros((4, 4, 4), np.float32)
+        data[1, 1, 1] = 1e-42
+        assert gpuroi.extract_regions(image(data), threshold).table["voxels"].tolist() == [1]
+
+    def test_a_percentile_has_no_unit(self):
+        maps = [blobs(scale=scale) for scale in (1e-6, 1.0, 1e6)]
+        expected, *others = (gpuroi.extract_regions(image(one), "95%").labels for one in maps)
+        for labels in others:
+            np.testing.assert_array_equal(labels, expected)
+
+
+class TestSeries:
+    def test_a_4d_image_gives_a_result_a_volume(self):
+        series = np.stack([blobs(seed=seed) for seed in range(5)], axis=-1)
+        together = gpuroi.extract_regions(image(series), "95%")
+        assert [one.provenance["source"][-3:] for one in together] == [f"[{i}]" for i in range(5)]
+        for volume, regions in enumerate(together):
+            alone = gpuroi.extract_regions(image(series[..., volume]), "95%")
+            np.testing.assert_array_equal(regions.labels, alone.labels)
+            assert regions.cutoff == alone.cutoff
+
+    def test_lists_may_mix_grids_dtypes_and_series(self):
+        images = [
+            image(blobs()),
+            image(blobs(seed=1).astype(np.float64)),
+            image(blobs((6, 7, 8)), AFFINES["oblique"]),
+            image(np.stack([blobs(seed=2), blobs(seed=3)], axis=-1)),
+            image((blobs() * 10).astype(np.int16)),
+        ]
+        backend = CudaBackend(np, ndimage, "", {})  # takes batches
+        results = gpuroi.extract_regions(images, "90%", backend=backend)
+        alone = [
+            regions
+            for one in images
+            for regions in np.atleast_1d(gpuroi.extract_regions(one, "90%", backend="cpu"))
+        ]
+        assert len(results) == len(alone) == 6
+        for regions, expected in zip(results, alone, strict=True):
+            np.testing.assert_array_equal(regions.labels, expected.labels)
+            pd.testing.assert_frame_equal(regions.table, expected.table, check_exact=True)
+        assert gpuroi.extract_regions(iter(images[:2]), "90%")[1].cutoff == alone[1].cutoff
+        assert gpuroi.extract_regions([]) == []
+
+    def test_a_batch_that_does_not_fit_is_halved(self):
+        class Small(CudaBackend):
+            limit = 2
+
+            def to_device(self, host):
+                if host.ndim == 4 and len(host) > self.limit:
+                    raise MemoryError(f"cannot allocate {host.nbytes} bytes")
+                return super().to_device(host)
+
+        images = [image(blobs(seed=seed)) for seed in range(7)]
+        backend = Small(np, ndimage, "a small device", {})
+        for regions, one in zip(
+            gpuroi.extract_regions(images, "95%", backend=backend), images, strict=True
+        ):
+            np.testing.assert_array_equal(regions.labels, gpuroi.extract_regions(one, "95%").labels)
+
+        backend.limit = 0
+        with pytest.raises(
+            DeviceMemoryError,
+            match=r"one volume of shape \(12, 14, 16\) .* does not fit on a small device: cannot "
+            r"allocate 10752 bytes. Pass backend='cpu'",
+        ):
+            gpuroi.extract_regions(images[0], backend=backend)
+
+
+class TestPopulationsAndMasks:
+    def test_nonzero_ranks_no_background(self):
+        data = blobs()
+        data[np.random.default_rng(0).random(data.shape) < 0.7] = 0
+        regions = gpuroi.extract_regions(image(data), "90%", population="nonzero")
+        score = stats.scoreatpercentile(np.abs(data[data != 0]), 90)
+        assert regions.provenance["percentile_score"] == score
+        assert regions.provenance["voxels_ranked"] == np.count_nonzero(data)
+
+    def test_a_population_mask_ranks_its_voxels_but_hides_none(self):
+        data = blobs()
+        inside = np.zeros(data.shape, np.uint8)
+        inside[:6] = 1
+        regions = gpuroi.extract_regions(image(data), "90%", population=image(inside))
+        assert regions.provenance["percentile_score"] == stats.scoreatpercentile(
+            np.abs(data[:6]), 90
+        )
+        assert regions.labels[6:].any()
+
+    def test_a_mask_hides_and_is_the_population(self):
+        data = blobs()
+        inside = (np.indices(data.shape).sum(axis=0) < 25).astype(np.uint8)
+        regions = gpuroi.extract_regions(image(data), "90%", mask_img=image(inside))
+        score = stats.scoreatpercentile(np.abs(data[inside == 1]), 90)
+        assert regions.provenance["percentile_score"] == score
+        assert not regions.labels[inside == 0].any()
+        masked = gpuroi.extract_regions(image(data * inside), float(regions.cutoff))
+        np.testing.assert_array_equal(regions.labels, masked.labels)
+
+    def test_a_mask_on_another_grid_is_an_error_unless_resampling_is_asked_for(self):
+        coarse = image(np.ones((6, 7, 8), np.uint8), np.diag([4.0, 4.0, 4.0, 1.0]))
+        with pytest.raises(
+            InvalidMapError,
+            match=r"(?s)another grid .*\(6, 7, 8\) against \(12, 14, 16\).*resample_mask=True",
+        ):
+            gpuroi.extract_regions(image(blobs()), mask_img=coarse)
+        regions = gpuroi.extract_regions(image(blobs()), mask_img=coarse, resample_mask=True)
+        assert len(regions) > 0
+
+    @pytest.mark.parametrize(
+        ("mask", "message"),
+        [
+            (np.zeros((12, 14, 16)), "is zero everywhere on the map"),
+            (np.arange(12 * 14 * 16.0).reshape(12, 14, 16), "has 2687 values besides 0"),
+            (np.ones((12, 14, 16, 2)), r"expected a 3-D mask, got shape \(12, 14, 16, 2\)"),
+        ],
+    )
+    def test_a_mask_has_one_value_inside(self, mask, message):
+        with pytest.raises(InvalidMapError, match=f"mask_img .*{message}"):
+            gpuroi.extract_regions(image(blobs()), mask_img=image(mask))
+
+
+class TestNothingFound:
+    @pytest.mark.parametrize(
+        ("data", "threshold"),
+        [
+            (np.zeros((3, 4, 5), np.float32), "97%"),
+            (np.full((3, 4, 5), 1000.0, np.float32), "97%"),
+            (np.full((3, 4, 5), 5.0), "100%"),
+            (np.zeros((3, 4, 5)), 0.0),
+            (np.ones((3, 4, 5), np.int16), 2.0),
+            (np.ones((3, 4, 5)), 1e300),
+            (np.ones((3, 4, 5), np.float32), 1e300),
+        ],
+        ids=["zeros", "constant", "100%", "zeros by value", "too low", "far too low", "overflow"],
+    )
+    def test_types_stay_the_same(self, tmp_path, data, threshold):
+        regions = gpuroi.extract_regions(image(data), threshold)
+        assert len(regions) == 0
+        assert regions.labels_img.shape == (3, 4, 5)
+        assert not np.any(regions.labels_img.dataobj)
+        assert list(regions.table.columns) == list(COLUMNS)
+        assert len(regions.table) == 0
+        found = gpuroi.extract_regions(image(blobs())).table
+        assert (regions.table.dtypes == found.dtypes).all()
+        paths = regions.save(tmp_path / "none")
+        assert len(pd.read_csv(paths["table"], sep="\t")) == 0
+        with pytest.raises(ValueError, match="no regions to stack"):
+            regions.to_4d_img()
+
+    def test_an_empty_population_finds_nothing(self):
+        regions = gpuroi.extract_regions(image(-np.ones((2, 2, 2))), "50%", tail="positive")
+        assert len(regions) == 0
+        assert regions.cutoff == np.inf
+        assert regions.provenance["percentile_score"] is None
+        json.dumps(regions.provenance, allow_nan=False)
+
+
+class TestNotFinite:
+    def test_is_background_counted_and_warned_of_once(self):
+        data = blobs()
+        clean = data.copy()
+        data[0, :3, 0] = [np.nan, np.inf, -np.inf]
+        clean[0, :3, 0] = 0
+        with pytest.warns(UserWarning, match="3 voxels are NaN or infinite; they become") as caught:
+            regions = gpuroi.extract_regions(image(data), "90%")
+        assert len(caught) == 1
+        assert regions.provenance["voxels_not_finite"] == 3
+        np.testing.assert_array_equal(
+            regions.labels, gpuroi.extract_regions(image(clean), "90%").labels
+        )
+
+    def test_nothing_but_nan(self):
+        with pytest.warns(UserWarning, match="8 voxels"):
+            assert len(gpuroi.extract_regions(image(np.full((2, 2, 2), np.nan)))) == 0
+
+
+class TestParameters:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"threshold": "97"}, ValueError, "threshold='97' has no percent sign; pass '97%'"),
+            ({"threshold": "x%"}, ValueError, "threshold='x%' has no number; pass a percentile"),
+            ({"threshold": "-3%"}, ValueError, "threshold='-3%' is outside 0% to 100%"),
+            ({"threshold": "101%"}, ValueError, "threshold='101%' is outside 0% to 100%"),
+            ({"threshold": "nan%"}, ValueError, "threshold='nan%' is outside 0% to 100%"),
+            ({"threshold": "%"}, ValueError, "threshold='%' has no number"),
+            ({"threshold": np.nan}, ValueError, "threshold=nan is not a number that voxels can"),
+            ({"threshold": True}, TypeError, "threshold=True is a bool; pass a percentile"),
+            ({"threshold": None}, TypeError, "threshold=None is a NoneType; pass a percentile"),
+            ({"threshold": -2.5}, ValueError, "threshold=2.5 with tail='negative'"),
+            ({"tail": "left"}, ValueError, "tail='left' is not one of 'both', 'positive'"),
+            ({"connectivity": 8}, ValueError, "connectivity=8 is not one of 6, 18, 26"),
+            ({"method": "watershed"}, ValueError, "method='watershed' is not one of"),
+            ({"method": "local_regions"}, UnsupportedMethodError, "not part of this release"),
+            ({"min_region_size": -1}, ValueError, r"min_region_size=-1 is not .*mm\^3"),
+            ({"min_region_size": "10"}, TypeError, "min_region_size='10' is a str; pass"),
+            ({"min_region_size": np.inf}, ValueError, "min_region_size=inf is not a finite"),
+            ({"smoothing_fwhm": -1}, ValueError, r"smoothing_fwhm=-1 is not .*in mm"),
+            ({"population": "brain"}, ValueError, "population='brain' is neither 'all' nor"),
+            ({"backend": "tpu"}, ValueError, "backend='tpu' is unknown"),
+        ],
+    )
+    def test_what_cannot_be_meant_is_refused(self, arguments, error, message):
+        with pytest.raises(error, match=message):
+            gpuroi.extract_regions(image(blobs()), **arguments)
+
+    def test_what_is_no_image_is_refused(self):
+        with pytest.raises(TypeError, match="a ndarray is not an image; pass a path or a nibabel"):
+            gpuroi.extract_regions(blobs())
+        with pytest.raises(TypeError, match="a int is not an image"):
+            gpuroi.extract_regions([3])
+
+
+class TestResult:
+    @pytest.fixture(params=AFFINES.values(), ids=AFFINES.keys())
+    def regions(self, request):
+        return gpuroi.extract_regions(image(blobs(), request.param), "90%", min_region_size=50)
+
+    def test_table_is_what_scipy_measures(self, regions):
+        data, labels, index = blobs().astype(np.float64), regions.labels, regions.table["label"]
+        table = regions.table
+        assert index.tolist() == list(range(1, len(regions) + 1))
+        voxels = np.bincount(labels.ravel())[1:]
+        np.testing.assert_array_equal(table["voxels"], voxels)
+        np.testing.assert_allclose(
+            table["volume_mm3"], voxels * abs(np.linalg.det(regions.affine[:3, :3])), rtol=1e-14
+        )
+        peaks = ndimage.maximum_position(np.abs(data), labels, index)
+        np.testing.assert_array_equal(table["peak_value"], [data[peak] for peak in peaks])
+        np.testing.assert_array_equal(table["sign"], np.sign(table["peak_value"]))
+        # Sums are taken in another order than SciPy's, hence the last digits.
+        np.testing.assert_allclose(
+            table["mean_value"], ndimage.mean(data, labels, index), rtol=1e-13
+        )
+        centers = np.array(ndimage.center_of_mass(np.abs(data), labels, index))
+        for name, voxel in (("peak", np.array(peaks)), ("center_of_mass", centers)):
+            in_mm = nib.affines.apply_affine(regions.affine, voxel)
+            columns = [f"{name}_{axis}" for axis in "xyz"]
+            np.testing.assert_allclose(table[columns], in_mm, rtol=1e-12, atol=1e-12)
+        interior = np.zeros(labels.shape, bool)
+        interior[1:-1, 1:-1, 1:-1] = True
+        on_edge = [not interior[labels == label].all() for label in index]
+        assert table["touches_edge"].tolist() == on_edge
+        assert set(on_edge) == {True, False}
+
+    def test_images_agree_with_each_other(self, regions):
+        labels = np.asanyarray(regions.labels_img.dataobj)
+        assert labels.dtype == np.int32
+        np.testing.assert_array_equal(labels, regions.labels)
+        np.testing.assert_array_equal(regions.labels_img.affine, regions.affine)
+        stack = regions.to_4d_img()
+        assert stack.shape == (*labels.shape, len(regions))
+        for label in range(1, len(regions) + 1):
+            expected = np.where(labels == label, blobs(), 0)
+            np.testing.assert_array_equal(stack.dataobj[..., label - 1], expected)
+
+    def test_peak_is_the_first_of_equals(self):
+        data = np.zeros((3, 3, 3))
+        data[1, 1] = data[1, :, 1] = 2.0
+        table = gpuroi.extract_regions(image(data, np.eye(4)), 1.0).table
+        assert table[["peak_x", "peak_y", "peak_z"]].to_numpy().tolist() == [[1.0, 0.0, 1.0]]
+
+    def test_later_changes_to_the_map_do_not_reach_it(self):
+        data = blobs()
+        regions = gpuroi.extract_regions(image(data), "90%")
+        expected = gpuroi.extract_regions(image(blobs()), "90%").table
+        data[:] = 0
+        pd.testing.assert_frame_equal(regions.table, expected)
+
+    def test_repr_says_the_essential(self, regions):
+        assert repr(regions).startswith(f"Regions({len(regions)} regions of ")
+
+    def test_survives_pickling(self, regions):
+        copy = pickle.loads(pickle.dumps(regions))
+        pd.testing.assert_frame_equal(copy.table, regions.table)
+        np.testing.assert_array_equal(copy.labels_img.dataobj, regions.labels_img.dataobj)
+
+    def test_provenance_says_how_it_was_made(self, regions):
+        provenance = json.loads(json.dumps(regions.provenance, allow_nan=False))
+        assert provenance["backend"] == "cpu"
+        assert provenance["versions"]["gpuroi"] == gpuroi.__version__
+        assert provenance["versions"]["numpy"] == np.__version__
+        assert provenance["parameters"]["threshold"] == "90%"
+        assert provenance["cutoff"] == regions.cutoff
+        assert provenance["regions"] == len(regions)
+
+
+def test_no_warning_of_numpy_escapes():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in ("denormal", "constant", "signed zeros"):
+            for volume in make_maps(kind, (2, 5, 6, 7), "float32", 0):
+                gpuroi.extract_regions(image(volume), "50%")
+                gpuroi.extract_regions(image(volume), 1e300)
+
+
+def test_min_voxels_forgive_the_rounding_of_affines():
+    assert extract._min_voxels(1350.0, np.float32(2.9999998) ** 3.0) == 50
+    assert extract._min_voxels(1500.0, 27.0) == 56
+    assert extract._min_voxels(0.0, 8.0) == 0
