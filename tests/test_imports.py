@@ -1,0 +1,32 @@
+"""What an import loads, and what it does not."""
+
+import subprocess
+import sys
+
+import pytest
+
+import gpuroi
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("module", ["gpuroi", "gpuroi.cli", "gpuroi.errors", "gpuroi.backends"])
+def test_heavy_packages_wait_until_they_are_used(module):
+    heavy = {"cupy", "cupyx", "cucim", "nibabel", "matplotlib", "pandas", "nilearn", "cc3d"}
+    loaded = run(f"import {module}, sys; print(*sys.modules)")
+    assert not heavy & {name.partition(".")[0] for name in loaded}
+
+
+def test_importing_gpuroi_loads_no_numpy_either():
+    assert "numpy" not in run("import gpuroi, sys; print(*sys.modules)")
+
+
+def test_public_names_are_there_when_asked_for():
+    assert dir(gpuroi) == sorted(gpuroi.__all__)
+    for name in gpuroi.__all__:
+        assert getattr(gpuroi, name) is not None
+    with pytest.raises(AttributeError, match="module 'gpuroi' has no attribute 'nothing'"):
+        _ = gpuroi.nothing
