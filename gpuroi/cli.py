@@ -3,9 +3,11 @@
 Exit codes: 0 all maps done, 1 some maps failed, 2 the command itself cannot be carried out.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from gpuroi.backends import Backend
-    from gpuroi.extract import Recipe
+    from gpuroi.recipe import Recipe
     from gpuroi.result import Regions
 
 app = typer.Typer(
@@ -53,13 +55,23 @@ def _program(
 @app.command()
 def extract(
     maps: Annotated[
-        list[Path] | None, typer.Argument(metavar="MAP...", help="NIfTI files, 3-D or 4-D.")
+        list[Path] | None,
+        # An unreadable map is one failed map, not the end of the command.
+        typer.Argument(metavar="MAP", readable=False, help="NIfTI files, 3-D or 4-D."),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write to.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            file_okay=False,
+            writable=True,
+            help="Folder to write to, made if missing; files of the same names are replaced.",
+        ),
     ] = Path("regions-out"),
     sample: Annotated[
-        bool, typer.Option("--sample", help="Add the real sample map (needs gpuroi[sample]).")
+        bool, typer.Option("--sample", help="Add the sample map, a real one that nilearn brings.")
     ] = False,
     threshold: Annotated[
         str,
@@ -72,33 +84,47 @@ def extract(
         str, typer.Option(help="connected_components (local_regions is not in this release).")
     ] = "connected_components",
     connectivity: Annotated[
-        int, typer.Option(help="6, 18 or 26: voxels join by faces, edges too, corners too.")
+        int,
+        typer.Option(help="Neighbours that join: 6 (by faces), 18 (edges too), 26 (corners too)."),
     ] = 6,
-    tail: Annotated[str, typer.Option(help="both, positive or negative values.")] = "both",
+    tail: Annotated[
+        str,
+        typer.Option(
+            help="Signs that count: both (opposite ones never join), positive or negative."
+        ),
+    ] = "both",
     population: Annotated[
         str, typer.Option(help="Voxels that a percentile ranks: all, nonzero, or a mask image.")
     ] = "all",
     mask: Annotated[
         Path | None,
-        typer.Option(exists=True, help="Mask image; voxels outside are background."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Mask image; voxels outside are background, and percentiles do not rank them.",
+        ),
     ] = None,
     resample_mask: Annotated[
-        bool, typer.Option("--resample-mask", help="Bring masks onto the grid of the map.")
+        bool,
+        typer.Option(
+            "--resample-mask", help="Bring masks onto the grid of the map (nearest neighbour)."
+        ),
     ] = False,
     backend: Annotated[str, typer.Option(help="auto, cpu or cuda; see 'gpuroi devices'.")] = "auto",
 ) -> None:
     """Write the regions of each MAP: labels (.nii.gz), a table (.tsv) and provenance (.json).
 
     The files are named after the map: sub-01_tmap.nii.gz gives
-    OUT/sub-01_tmap_desc-regions_dseg.nii.gz, .tsv and .json.
-    """
-    from rich.console import Console
+    OUT/sub-01_tmap_desc-regions_dseg.nii.gz, .tsv and .json;
+    volumes of a 4-D map have _vol-0000, _vol-0001, ... before _desc.
 
+    Exit code: 0 all maps done, 1 some failed, 2 the command cannot be run.
+    """
     from gpuroi.backends import get_backend
     from gpuroi.datasets import load_sample_motor_activation_image
-    from gpuroi.extract import make_recipe
+    from gpuroi.recipe import make_recipe
 
-    screen, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    screen, errors = _console(), _console(stderr=True)
     with _usage_errors(errors):
         sources = list(maps or [])
         if sample:
@@ -117,6 +143,7 @@ def extract(
             resample_mask=resample_mask,
         )
         chosen = get_backend(backend)
+        output = output.expanduser()
         output.mkdir(parents=True, exist_ok=True)
 
     failed = 0
@@ -129,20 +156,20 @@ def extract(
                 named = str(error) if str(source) in str(error) else f"{source}: {error}"
                 _say(errors, "failed", named, "bold red")
             else:
+                few = max(len(sources), len(results)) <= _MOST_TABLES
                 for regions, path in results:
-                    _show(screen, regions, path, as_table=len(sources) <= _MOST_TABLES)
+                    _show(screen, regions, path, as_table=few)
             advance()
     if failed:
-        errors.print(f"{failed} of {len(sources)} maps failed; the others are in {output}.")
+        others = f"; the others are in {output}" if failed < len(sources) else ""
+        errors.print(f"{failed} of {len(sources)} maps failed{others}.", soft_wrap=True)
         raise typer.Exit(1)
 
 
 @app.command()
 def devices() -> None:
     """Say which backends can run here, on what, and why the others cannot."""
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from gpuroi.backends import available_backends, get_backend
 
@@ -153,14 +180,18 @@ def devices() -> None:
             versions = "\n".join(f"{k} {v}" for k, v in backend.versions().items())
             table.add_row(name, "yes", backend.device, versions)
         else:
-            table.add_row(name, "no", Text(reason), "")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"'auto' takes {get_backend().name}.")
+            table.add_row(name, "no", reason, "")
+    screen = _console()
+    screen.print(table)
+    with _usage_errors(_console(stderr=True)):  # GPUROI_BACKEND may name one that cannot run
+        screen.print(f"'auto' takes {get_backend().name}.")
 
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # "≥" and file names may not fit its encoding
     app(prog_name="gpuroi")
 
 
@@ -169,10 +200,10 @@ def _extract_one(
 ) -> list[tuple["Regions", Path]]:
     """Write the regions of every volume of `source`; return them with their label images."""
     from gpuroi import io
-    from gpuroi.extract import extract_maps
+    from gpuroi.pipeline import extract_maps
 
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)  # others are for developers
         volumes = io.read_maps(source)
         results = []
         for number, regions in enumerate(extract_maps(volumes, recipe, backend)):
@@ -190,7 +221,8 @@ def _stems(sources: list[Path]) -> list[str]:
     for source in sources:
         stem = source.name
         for extension in (".gz", ".nii", ".img", ".hdr", ".mgz", ".mgh"):
-            stem = stem.removesuffix(extension)
+            if stem.lower().endswith(extension):
+                stem = stem[: -len(extension)]
         if stem in first:
             raise ValueError(
                 f"{first[stem]} and {source} would both write {stem}_desc-regions_dseg.nii.gz; "
@@ -207,8 +239,15 @@ def _number_or_text(threshold: str) -> float | str:
         return threshold
 
 
+def _console(*, stderr: bool = False) -> "Console":
+    """Return a console that prints text as it is: brackets in file names are no markup."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
 def _say(console: "Console", word: str, message: str, style: str) -> None:
-    """Print `message` as it is (it may hold brackets, which rich would take for its markup)."""
+    """Print `message` after a coloured `word`, without breaking lines."""
     from rich.text import Text
 
     console.print(Text(f"{word}: ", style).append(message, "default"), soft_wrap=True)
@@ -253,9 +292,10 @@ def _show(screen: "Console", regions: "Regions", path: Path, *, as_table: bool) 
     screen.print(Text(str(path), "bold").append(heading, "default"), soft_wrap=True)
     if len(regions) == 0:
         highest = regions.provenance["largest_magnitude"]
+        forgotten = highest < regions.cutoff and not asked["threshold"].endswith("%")
+        hint = " A percentile needs its percent sign: 97%." if forgotten else ""
         screen.print(
-            f"  Nothing found; the largest magnitude is {highest:.6g}. "
-            "A percentile needs its percent sign: 97%."
+            f"  Nothing found; the largest magnitude is {highest:.6g}.{hint}", soft_wrap=True
         )
     if not as_table or len(regions) == 0:
         return
@@ -274,4 +314,5 @@ def _show(screen: "Console", regions: "Regions", path: Path, *, as_table: bool) 
         )
     screen.print(table)
     if len(regions) > _MOST_ROWS:
-        screen.print(f"  … and {len(regions) - _MOST_ROWS} more in {path.name.split('.')[0]}.tsv")
+        table_name = path.name.removesuffix(".nii.gz") + ".tsv"
+        screen.print(f"  … and {len(regions) - _MOST_ROWS} more in {table_name}", soft_wrap=True)

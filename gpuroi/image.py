@@ -15,7 +15,7 @@ from gpuroi.algorithms.threshold import Threshold, cutoff_at, parse_threshold, p
 from gpuroi.arrays import computable
 from gpuroi.backends import Backend, get_backend
 from gpuroi.masks import load_mask
-from gpuroi.niimg import image_like, load_images, voxels
+from gpuroi.niimg import image_like, load_images, narrowed, voxels
 from gpuroi.types import ImageLike, Tail
 
 __all__ = ["threshold_img"]
@@ -63,7 +63,8 @@ def threshold_img(
     Returns
     -------
     image of the class of `img`
-        The dtype of its voxels is that of the voxels of `img`.
+        The dtype of its voxels is that of the voxels of `img`; on disk too, where integers that
+        have to be scaled could not hold the zeros.
 
     Raises
     ------
@@ -85,7 +86,11 @@ def threshold_img(
         raise TypeError(
             f"img is a {type(img).__name__}; pass a path or a 3-D or 4-D nibabel image."
         )
-    if isinstance(cluster_threshold, bool) or not isinstance(cluster_threshold, numbers.Real):
+    if (
+        isinstance(cluster_threshold, bool)
+        or not isinstance(cluster_threshold, numbers.Real)
+        or not math.isfinite(cluster_threshold)
+    ):
         raise TypeError(f"cluster_threshold={cluster_threshold!r}; pass a number of voxels >= 0.")
     parsed = parse_threshold(threshold)
     if two_sided and parsed.value < 0:
@@ -112,7 +117,7 @@ def threshold_img(
 
     if cluster_threshold > 0:
         _zero_small_clusters(chosen, data, math.ceil(cluster_threshold))
-    return image_like(image, data, copy_header=copy_header)
+    return image_like(image, narrowed(data), copy_header=copy_header)
 
 
 def _cutoff(backend: Backend, ranked: NDArray[Any], threshold: Threshold, two_sided: bool) -> float:

@@ -1,8 +1,10 @@
 """Maps and masks in, labels and tables out: the only place that reads and writes image files."""
 
 import io
+import math
 import os
 import secrets
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,16 @@ _GZIP_MAGIC = b"\x1f\x8b"
 # Any, because isal's stubs call its exception class an instance. OSError is gzip's BadGzipFile.
 _GZIP_ERRORS: Any = (isal_zlib.error, EOFError, OSError)
 _NIFTI_CLASSES = (nib.Nifti1Image, nib.Nifti2Image)
+_NIFTI_PAIRS = (nib.Nifti1Pair, nib.Nifti2Pair)  # .hdr and .img
+_HEADER_ERRORS = (
+    HeaderDataError,
+    ImageFileError,
+    WrapStructError,
+    ValueError,
+    KeyError,
+    OverflowError,
+)
+_VOXEL_ERRORS = (OSError, ValueError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -51,11 +63,11 @@ def describe(source: ImageLike) -> str:
 
 
 def load(source: ImageLike) -> SpatialImage:
-    """Return `source` as a nibabel image; a NIfTI file is read whole and verified.
+    """Return `source` as a nibabel image; its files are read whole and verified.
 
-    A ``.nii.gz`` must decompress with the checksum and length of its gzip trailer, and the data
-    must fill the file exactly. (nibabel stops reading before the trailer, so that most damage to a
-    compressed file goes unnoticed.)
+    Gzip streams must decompress with the checksum and length of their trailers, and the data of a
+    NIfTI image must fill the file exactly. (nibabel stops reading before the trailer, so that most
+    damage to a compressed file goes unnoticed.) What is in the file decides, not its extension.
 
     Raises
     ------
@@ -71,27 +83,29 @@ def load(source: ImageLike) -> SpatialImage:
             f"a {type(source).__name__} is not an image; pass a path or a nibabel image."
         )
     path = Path(source).expanduser()
-    if not path.exists():
-        raise InvalidMapError(f"{path}: no such file.")
-    if not path.is_file():
-        raise InvalidMapError(f"{path}: expected a file, found a directory or a device.")
-    raw = path.read_bytes()
-    if not raw:
-        raise InvalidMapError(f"{path}: the file is empty.")
-    if raw[:2] == _GZIP_MAGIC:
-        raw = _decompress(path, raw)
+    raw = _read_whole(path)
     for image_class in _NIFTI_CLASSES:
         if image_class.header_class.may_contain_header(raw[:1024]) and _is_single_file(raw):
             return _nifti_from_bytes(path, image_class, raw)
-    if path.name.endswith((".nii", ".nii.gz")):
+    if path.name.lower().endswith((".nii", ".nii.gz")):
         raise InvalidMapError(
             f"{path}: expected a NIfTI header at its start, found {raw[:4].hex(' ')}; the file is "
             "no NIfTI image or its header is damaged."
         )
-    try:
-        return cast(SpatialImage, nib.load(path))
-    except (ImageFileError, HeaderDataError, WrapStructError, OSError, ValueError) as error:
-        raise InvalidMapError(f"{path}: no image that nibabel can read ({error}).") from error
+    return _other_format(path)
+
+
+def _read_whole(path: Path) -> bytes:
+    """Return the bytes of a file, decompressed and checked where they are gzip's."""
+    if not path.exists():
+        raise InvalidMapError(f"{path}: no such file.")
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "a pipe or a device"
+        raise InvalidMapError(f"{path}: expected an image file, found {found}.")
+    raw = path.read_bytes()
+    if not raw:
+        raise InvalidMapError(f"{path}: expected an image, found an empty file.")
+    return _decompress(path, raw) if raw[:2] == _GZIP_MAGIC else raw
 
 
 def _decompress(path: Path, compressed: bytes) -> bytes:
@@ -99,7 +113,8 @@ def _decompress(path: Path, compressed: bytes) -> bytes:
         return bytes(igzip.decompress(compressed))
     except _GZIP_ERRORS as error:
         raise InvalidMapError(
-            f"{path}: the gzip stream is damaged or cut short ({error}); fetch or write it again."
+            f"{path}: expected a whole gzip stream, found one that is damaged, cut short or "
+            f"followed by other bytes ({error}); fetch or write it again."
         ) from error
 
 
@@ -111,19 +126,47 @@ def _is_single_file(raw: bytes) -> bool:
 def _nifti_from_bytes(path: Path, image_class: Any, raw: bytes) -> SpatialImage:
     try:
         image = image_class.from_bytes(raw)
-        header = image.header
-        n_bytes = int(np.prod(header.get_data_shape())) * header.get_data_dtype().itemsize
-        offset = int(image.dataobj.offset)
-    except (HeaderDataError, ImageFileError, WrapStructError, ValueError, KeyError) as error:
-        raise InvalidMapError(f"{path}: its NIfTI header is damaged ({error}).") from error
-    if len(raw) != offset + n_bytes:
+    except _HEADER_ERRORS as error:
         raise InvalidMapError(
-            f"{path}: its header announces {offset} + {n_bytes} bytes for data of shape "
-            f"{header.get_data_shape()} and type {header.get_data_dtype()}, the file holds "
-            f"{len(raw)} ({'cut short' if len(raw) < offset + n_bytes else 'trailing garbage'})."
-        )
-    image.set_filename(path)
+            f"{path}: expected a valid NIfTI header, found a damaged one ({error})."
+        ) from error
+    _check_length(path, image, len(raw))
+    # Not image.set_filename, which takes none of the extensions that nibabel does not know.
+    image.file_map["image"].filename = os.fspath(path)
     return cast(SpatialImage, image)
+
+
+def _other_format(path: Path) -> SpatialImage:
+    """Return a NIfTI pair, or an image of any other format that nibabel reads."""
+    try:
+        image = nib.load(path)
+    except Exception as error:  # nibabel's readers raise whatever they trip over
+        raise InvalidMapError(
+            f"{path}: expected NIfTI or another format that nibabel reads, found something else or "
+            f"a damaged file ({type(error).__name__}: {error})."
+        ) from error
+    if not isinstance(image, SpatialImage):
+        raise InvalidMapError(f"{path}: expected a volume, found a {type(image).__name__}.")
+    kinds = [kind for kind in ("header", "image") if kind in image.file_map]
+    paths = [Path(cast(str, image.file_map[kind].filename)) for kind in kinds]
+    n_bytes = [len(_read_whole(part)) for part in paths]  # a damaged gzip stream ends here
+    if type(image) in _NIFTI_PAIRS:
+        _check_length(paths[-1], image, n_bytes[-1])
+    return image
+
+
+def _check_length(path: Path, image: Any, n_found: int) -> None:
+    """Raise `InvalidMapError` unless the data of a NIfTI `image` end where its file ends."""
+    shape, dtype = image.header.get_data_shape(), image.header.get_data_dtype()
+    if min(shape) < 1:
+        raise InvalidMapError(f"{path}: expected a valid NIfTI header, found dimensions {shape}.")
+    offset, n_bytes = image.dataobj.offset, math.prod(shape) * dtype.itemsize
+    if n_found != offset + n_bytes:
+        raise InvalidMapError(
+            f"{path}: its header announces {offset} + {n_bytes} bytes for data of shape {shape} "
+            f"and type {dtype}, the file holds {n_found} "
+            f"({'cut short' if n_found < offset + n_bytes else 'trailing garbage'})."
+        )
 
 
 def real_voxels(image: SpatialImage, name: str) -> NDArray[Any]:
@@ -136,7 +179,7 @@ def real_voxels(image: SpatialImage, name: str) -> NDArray[Any]:
     """
     try:
         data = np.asanyarray(image.dataobj)
-    except (OSError, ValueError, EOFError) as error:
+    except _VOXEL_ERRORS as error:
         raise InvalidMapError(f"{name}: its voxels cannot be read ({error}).") from error
     if data.dtype.kind not in "fiub":
         kind = {"V": "RGB", "c": "complex"}.get(data.dtype.kind, "no numbers")

@@ -1,8 +1,10 @@
 """Mask images: read, checked, and brought onto the grid of a map."""
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import linalg, ndimage
 
 from gpuroi import io
 from gpuroi.errors import InvalidMapError
@@ -22,7 +24,7 @@ def load_mask(
     Parameters
     ----------
     mask_img : path or image, 3-D
-        Zero outside, one other value inside; not finite counts as outside.
+        Zero outside, one other value inside; not finite counts as outside, with a warning.
     resample : bool
         Take the nearest voxel where the mask lies on another grid; otherwise that is an error.
     parameter : str
@@ -47,7 +49,14 @@ def load_mask(
                 "Pass resample_mask=True to take the nearest voxel of the mask."
             )
         data = _nearest(data, mask_affine, shape, affine)
-    data = np.where(np.isfinite(data), data, 0)
+    not_finite = ~np.isfinite(data)
+    if not_finite.any():
+        warnings.warn(
+            f"{name}: {np.count_nonzero(not_finite)} voxels are NaN or infinite; they are outside.",
+            UserWarning,
+            stacklevel=3,
+        )
+        data = np.where(not_finite, 0, data)
     inside = np.unique(data[data != 0])
     if inside.size == 0:
         raise InvalidMapError(f"{name} is zero everywhere on the map: it would hide all voxels.")
@@ -65,7 +74,9 @@ def _nearest(
     target_shape: tuple[int, int, int],
     target_affine: NDArray[np.float64],
 ) -> NDArray[np.generic]:
-    to_source = np.linalg.inv(affine) @ target_affine
+    # By SciPy's inverse, as nilearn: a last bit decides whether voxels at the border lie inside.
+    same = np.array_equal(affine, target_affine)
+    to_source = np.eye(4) if same else linalg.inv(affine) @ target_affine
     matrix, offset = to_source[:3, :3], to_source[:3, 3]
     if np.array_equal(np.diag(np.diag(matrix)), matrix):
         matrix = np.diag(matrix)  # SciPy's faster way; it rounds halves differently, as nilearn's

@@ -20,17 +20,21 @@ from gpuroi.types import ImageLike
 def load_images(source: ImageLike | Iterable[ImageLike]) -> SpatialImage:
     """Return what nilearn would load: an image, a path or a pattern, or many as one 4-D image.
 
+    A pattern gives a 4-D image however many files match; many have the dtype that holds them all.
+
     Raises
     ------
     InvalidMapError
         If a file cannot be read, nothing matches, images of one list lie on different grids, or
         an image is neither 3-D nor 4-D.
     """
-    if isinstance(source, str) and glob.has_magic(source) and not Path(source).exists():
-        matches = sorted(glob.glob(os.path.expanduser(source)))  # noqa: PTH111, PTH207
-        if not matches:
-            raise InvalidMapError(f"{source}: no file matches this pattern.")
-        return load_images(matches[0] if len(matches) == 1 else matches)
+    if isinstance(source, str | os.PathLike):
+        path = Path(source).expanduser()
+        if glob.has_magic(os.fspath(path)) and not path.exists():
+            matches = sorted(glob.glob(os.fspath(path)))  # noqa: PTH207
+            if not matches:
+                raise InvalidMapError(f"{source}: no file matches this pattern.")
+            return load_images(matches)
     if isinstance(source, str | os.PathLike | SpatialImage) or not isinstance(source, Iterable):
         image = io.load(source)
         name = io.describe(source)
@@ -51,7 +55,7 @@ def load_images(source: ImageLike | Iterable[ImageLike]) -> SpatialImage:
             )
     volumes = [voxels(one, copy=False) for one in images]
     series = np.concatenate([v[..., np.newaxis] if v.ndim == 3 else v for v in volumes], axis=-1)
-    return image_like(first, series.astype(np.float32))
+    return image_like(first, series)
 
 
 def voxels(image: SpatialImage, *, copy: bool) -> NDArray[Any]:
@@ -59,6 +63,21 @@ def voxels(image: SpatialImage, *, copy: bool) -> NDArray[Any]:
     data = io.real_voxels(image, io.describe(image))
     in_memory = isinstance(image.dataobj, np.ndarray)
     return data.copy(order="K") if copy and in_memory else data
+
+
+def narrowed(data: NDArray[Any]) -> NDArray[Any]:
+    """Return 64-bit integers as int32 where they fit, because few tools read them from NIfTI."""
+    if data.dtype not in (np.int64, np.uint64):
+        return data
+    int32 = np.iinfo(np.int32)
+    fits = int32.min <= data.min(initial=0) and data.max(initial=0) <= int32.max
+    warnings.warn(
+        "the voxels are 64-bit integers, which most tools do not read; the result is "
+        f"{'int32' if fits else 'the same, because some do not fit into 32 bits'}.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return data.astype(np.int32) if fits else data
 
 
 def image_like(
@@ -71,24 +90,12 @@ def image_like(
         fields = header.keys() if hasattr(header, "keys") else ()
         for field in {"scl_slope", "scl_inter", "glmax"} & set(fields):
             header[field] = 0
-        if "cal_max" in fields:
-            header["cal_max"], header["cal_min"] = data.max(initial=0), data.min(initial=0)
-    if data.dtype in (np.int64, np.uint64):
-        data = _narrowed(data)
+        if "cal_max" in fields and data.size:
+            header["cal_max"], header["cal_min"] = data.max(), data.min()
+        # Scaled to integers on disk, the background would come back as a value beside zero.
+        if data.dtype.kind == "f" and header.get_data_dtype().kind in "iu":
+            header.set_data_dtype(data.dtype)
     image_class = type(reference)
     if image_class is nib.Nifti1Pair:
         image_class = nib.Nifti1Image
     return image_class(data, reference.affine, header=header)
-
-
-def _narrowed(data: NDArray[Any]) -> NDArray[Any]:
-    """Return 64-bit integers as int32 where they fit, because few tools read them from NIfTI."""
-    int32 = np.iinfo(np.int32)
-    if data.min(initial=0) < int32.min or data.max(initial=0) > int32.max:
-        return data
-    warnings.warn(
-        "the voxels are 64-bit integers, which most tools do not read; the result is int32.",
-        UserWarning,
-        stacklevel=4,
-    )
-    return data.astype(np.int32)

@@ -37,7 +37,8 @@ def connected_regions(
     ----------
     maps_img : path or nibabel image, 3-D or 4-D, or a list of them
         Maps whose background is zero. All voxels that are not zero are foreground, and positive
-        ones join negative ones, as in nilearn (`gpuroi.extract_regions` keeps them apart).
+        ones join negative ones, as in nilearn (`gpuroi.extract_regions` keeps them apart). NaN and
+        infinite voxels are background, with a warning.
     min_region_size : float
         Regions are kept that are larger than this volume in mm^3.
     extract_type : {"local_regions", "connected_components"}
@@ -52,15 +53,17 @@ def connected_regions(
     Returns
     -------
     regions_img : Nifti1Image (X, Y, Z, n) float32, or None if there is no region
-        Lazy: see `gpuroi.stack.RegionStack`.
+        Lazy: see `gpuroi.stack.RegionStack`. A Nifti2Image if the maps are, or if there are more
+        regions than the 32,767 volumes of NIfTI-1.
     index : list of int, or None
         For each region, the map (fourth axis of `maps_img`) that it comes from.
 
     Raises
     ------
     ValueError
-        If `extract_type` is none of the above; InvalidMapError, a ValueError, if an image cannot
-        be read; UnsupportedMethodError, a ValueError, for ``"local_regions"``.
+        If `extract_type` is none of the above or `min_region_size` is NaN; InvalidMapError, a
+        ValueError, if an image cannot be read; UnsupportedMethodError, a ValueError, for
+        ``"local_regions"``.
 
     Examples
     --------
@@ -72,6 +75,10 @@ def connected_regions(
     ((1, 1, 4, 2), [0, 0])
     """
     check_extract_type(extract_type)
+    if math.isnan(min_region_size):
+        raise ValueError(
+            f"min_region_size={min_region_size!r} is no volume; pass mm^3, 0 to keep all regions."
+        )
     image = load_images(maps_img)
     maps = voxels(image, copy=False)
     maps = maps[..., np.newaxis] if maps.ndim == 3 else maps
@@ -80,7 +87,7 @@ def connected_regions(
         inside = load_mask(mask_img, maps.shape[:3], image.affine, resample=True)
     voxel_volume_mm3 = float(np.abs(np.linalg.det(image.affine[:3, :3])))
     # nilearn keeps sizes > min_region_size / volume; for whole voxels that is a lower bound.
-    min_voxels = math.floor(min_region_size / voxel_volume_mm3) + 1
+    min_voxels = math.floor(min(float(min_region_size) / voxel_volume_mm3, maps.size)) + 1
 
     parts = list(_components(get_backend(backend), maps, inside, min_voxels))
     index = [number for number, part in enumerate(parts) for _ in range(len(part))]
@@ -111,11 +118,15 @@ def _components(
     """Yield the connected components of each of `maps` ``(X, Y, Z, T)``."""
     n_voxels = math.prod(maps.shape[:3])
     step = max(1, backend.batch_bytes // max(1, n_voxels * 4))
+    n_not_finite = 0
     for start in range(0, maps.shape[3], step):
         volumes = np.moveaxis(maps[..., start : start + step], -1, 0)
-        foreground = np.isfinite(volumes) & (volumes != 0)
+        foreground = volumes != 0
         if inside is not None:
             foreground &= inside
+        n_foreground = np.count_nonzero(foreground)
+        foreground &= np.isfinite(volumes)
+        n_not_finite += int(n_foreground - np.count_nonzero(foreground))
         found = backend.component_voxels(
             backend.to_device(foreground.astype(np.float32)),
             np.ones(len(foreground), np.float32),
@@ -125,3 +136,9 @@ def _components(
         )
         for volume, voxels_found in zip(volumes, found, strict=True):
             yield gather(voxels_found, volume)
+    if n_not_finite:
+        warnings.warn(
+            f"{n_not_finite} voxels are NaN or infinite; they are background.",
+            UserWarning,
+            stacklevel=3,
+        )

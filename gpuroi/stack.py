@@ -4,6 +4,7 @@
 `RegionStack` keeps the voxels and makes the volumes that somebody indexes.
 """
 
+import math
 from typing import Any
 
 import nibabel as nib
@@ -25,6 +26,7 @@ class RegionStack:
     """
 
     is_proxy = True
+    slope, inter = 1.0, 0.0  # nilearn's maskers ask every proxy
 
     def __init__(self, parts: list[RegionVoxels]) -> None:
         self._volumes = [(part, k) for part in parts for k in range(len(part))]
@@ -63,10 +65,11 @@ class RegionStack:
         return out
 
     def largest_and_smallest(self) -> tuple[float, float]:
-        """Return the maximum and minimum of all volumes, background included."""
+        """Return the maximum and minimum of all volumes, with the background where there is one."""
         values = [part.values for part in {id(part): part for part, _ in self._volumes}.values()]
-        highest = max((float(v.max(initial=0)) for v in values), default=0.0)
-        lowest = min((float(v.min(initial=0)) for v in values), default=0.0)
+        background = [0.0] if sum(v.size for v in values) < math.prod(self.shape) else []
+        highest = max([float(v.max()) for v in values] + background)
+        lowest = min([float(v.min()) for v in values] + background)
         return highest, lowest
 
     def _fill(self, out: NDArray[Any], volume: int, wanted: list[NDArray[np.intp]] | None) -> None:
@@ -89,17 +92,24 @@ class RegionStack:
 class RegionImage(nib.Nifti1Image):
     """A `nibabel.Nifti1Image` that writes a `RegionStack` to disk volume by volume."""
 
+    _nibabel_class: Any = nib.Nifti1Image
+
+    @property
+    def slicer(self) -> Any:
+        """Slice as nibabel does, which trusts its very own classes to have space first."""
+        return self._nibabel_class(self.dataobj, self.affine, self.header).slicer
+
     def to_file_map(self, file_map: Any = None, dtype: Any = None, **kwargs: Any) -> None:
         """Write the image; a stack is never made dense if it is stored as the float32 it is."""
         stack = self.dataobj
-        target = np.dtype(dtype) if dtype is not None else self.get_data_dtype()
-        if not isinstance(stack, RegionStack) or target != _DTYPE:
+        target = self.get_data_dtype() if dtype is None else dtype
+        if not isinstance(stack, RegionStack) or target not in (_DTYPE, _DTYPE.newbyteorder()):
             super().to_file_map(file_map, dtype, **kwargs)
             return
         self.file_map = self.file_map if file_map is None else file_map
         self.update_header()
         header = self.header.copy()
-        header.set_data_dtype(_DTYPE.newbyteorder(header.endianness))
+        header.set_data_dtype(_DTYPE)
         header.set_slope_inter(1, 0)
         with self.file_map["image"].get_prepare_fileobj(mode="wb") as stream:
             header.write_to(stream)
@@ -109,11 +119,22 @@ class RegionImage(nib.Nifti1Image):
                 stream.write(values.tobytes(order="F"))
 
 
+class RegionNifti2Image(RegionImage, nib.Nifti2Image):
+    """The same in NIfTI-2."""
+
+    _nibabel_class = nib.Nifti2Image
+
+
 def stack_image(parts: list[RegionVoxels], affine: NDArray[np.float64], header: Any) -> RegionImage:
-    """Return the regions of all `parts` as one lazy 4-D image in the space of `header`."""
+    """Return the regions of all `parts` as one lazy 4-D image in the space of `header`.
+
+    In NIfTI-2 if `header` is, or if there are more regions than an axis of NIfTI-1 can have.
+    """
     stack = RegionStack(parts)
-    new_header = nifti_header(header)
+    in_nifti2 = isinstance(header, nib.Nifti2Header) or stack.shape[3] > np.iinfo(np.int16).max
+    image_class = RegionNifti2Image if in_nifti2 else RegionImage
+    new_header = nifti_header(header, image_class.header_class)
     new_header.set_data_dtype(_DTYPE)
     new_header.set_slope_inter(1, 0)
     new_header["cal_max"], new_header["cal_min"] = stack.largest_and_smallest()
-    return RegionImage(stack, affine, new_header)
+    return image_class(stack, affine, new_header)

@@ -11,11 +11,10 @@ import pytest
 from scipy import ndimage, stats
 
 import gpuroi
-from gpuroi import extract
 from gpuroi.backends.cpu import CpuBackend
 from gpuroi.backends.cuda import CudaBackend
 from gpuroi.datasets import load_sample_motor_activation_image
-from gpuroi.errors import DeviceMemoryError, InvalidMapError, UnsupportedMethodError
+from gpuroi.errors import DeviceMemoryError, InvalidMapError
 from gpuroi.result import COLUMNS
 from gpuroi.testing import make_maps, require_backend
 
@@ -274,7 +273,6 @@ class TestParameters:
             ({"tail": "left"}, ValueError, "tail='left' is not one of 'both', 'positive'"),
             ({"connectivity": 8}, ValueError, "connectivity=8 is not one of 6, 18, 26"),
             ({"method": "watershed"}, ValueError, "method='watershed' is not one of"),
-            ({"method": "local_regions"}, UnsupportedMethodError, "not part of this release"),
             ({"min_region_size": -1}, ValueError, r"min_region_size=-1 is not .*mm\^3"),
             ({"min_region_size": "10"}, TypeError, "min_region_size='10' is a str; pass"),
             ({"min_region_size": np.inf}, ValueError, "min_region_size=inf is not a finite"),
@@ -377,7 +375,9 @@ def test_no_warning_of_numpy_escapes():
                 gpuroi.extract_regions(image(volume), 1e300)
 
 
-def test_min_voxels_forgive_the_rounding_of_affines():
-    assert extract._min_voxels(1350.0, np.float32(2.9999998) ** 3.0) == 50
-    assert extract._min_voxels(1500.0, 27.0) == 56
-    assert extract._min_voxels(0.0, 8.0) == 0
+def test_sizes_forgive_the_rounding_of_affines():
+    data = np.zeros((8, 8, 8))
+    data[:5, :5, :2] = 4.0
+    affine = np.diag([np.float32(2.9999998)] * 3 + [1.0])  # 50 voxels of 27 mm^3, nearly
+    assert len(gpuroi.extract_regions(image(data, affine), 3.0, min_region_size=1350)) == 1
+    assert len(gpuroi.extract_regions(image(data, affine), 3.0, min_region_size=1351)) == 0

@@ -50,7 +50,7 @@ def volumes(draw):
 
 def as_float(volume):
     """Return the map in the float dtype that voxels are compared in."""
-    small = volume.dtype.itemsize <= 2 or volume.dtype.kind == "f" and volume.dtype.itemsize == 4
+    small = volume.dtype.itemsize <= 2 or volume.dtype in ("float32", ">f4")
     return volume.astype(np.float32 if small else np.float64)
 
 

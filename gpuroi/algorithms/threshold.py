@@ -149,3 +149,14 @@ def cutoff_at(value: float, n: int, dtype: np.dtype) -> FloatArray:
     with np.errstate(over="ignore"):
         rounded = np.asarray(value).astype(dtype)
     return np.full(n, max(rounded, np.finfo(dtype).smallest_subnormal), dtype)
+
+
+def one_sided(backend: Backend, maps: Array, cutoffs: FloatArray, tail: Tail) -> Iterator[Array]:
+    """Yield the magnitudes of `maps` ``(B, X, Y, Z)`` that reach `cutoffs`, sign by sign.
+
+    Zero elsewhere; the positive side first.
+    """
+    xp = backend.xp
+    each: tuple[Tail, ...] = ("positive", "negative") if tail == "both" else (tail,)
+    for side in each:
+        yield xp.where(_keys.reaches(xp, maps, cutoffs, side), xp.abs(maps), maps.dtype.type(0))

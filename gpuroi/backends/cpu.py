@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from gpuroi.backends import LabelledVoxels
+from gpuroi.backends._numbering import number_by_first_voxel
 from gpuroi.backends._runs import label_runs
 from gpuroi.backends._select import order_statistic
 from gpuroi.types import Connectivity, FloatArray, Tail
@@ -97,7 +98,7 @@ class CpuBackend:
             signs = _signs(volume, cutoff, tail)
             foreground = np.flatnonzero(signs != 0)  # of a bool: NumPy's fast path
             component, n_components = self._label(signs, foreground, connectivity)
-            found.append(_number(foreground, component, n_components, min_voxels))
+            found.append(number_by_first_voxel(foreground, component, n_components, min_voxels))
         return found
 
     def _label(
@@ -157,24 +158,6 @@ def _signs(volume: FloatArray, cutoff: np.floating, tail: Tail) -> NDArray[np.ui
         if tail == "both":
             signs -= (volume <= -cutoff).view(np.int8)
     return np.ascontiguousarray(signs).view(np.uint8)
-
-
-def _number(
-    foreground: NDArray[np.int64],
-    component: NDArray[np.integer],
-    n_components: int,
-    min_voxels: int,
-) -> LabelledVoxels:
-    """Return the voxels of the components that are large enough, numbered by first voxel."""
-    sizes = np.bincount(component, minlength=n_components)
-    large = np.flatnonzero(sizes >= min_voxels)
-    first_voxel = np.empty(n_components, np.int64)
-    first_voxel[component[::-1]] = foreground[::-1]  # the last assignment wins
-    label_of = np.zeros(n_components, np.int32)
-    label_of[large[np.argsort(first_voxel[large])]] = np.arange(1, large.size + 1, dtype=np.int32)
-    label = label_of[component]
-    kept = label > 0
-    return LabelledVoxels(foreground[kept], label[kept], large.size)
 
 
 def _window_maxima(volume: FloatArray, distance: int, floor: np.floating) -> NDArray[np.bool_]:

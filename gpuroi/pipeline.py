@@ -1,0 +1,301 @@
+"""From maps in memory to `Regions`: batches, masks, the backend's steps, provenance.
+
+The one place where the native door hands maps to a backend, and where millimetres become voxels.
+"""
+
+import importlib.metadata
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuroi import io
+from gpuroi.algorithms.local_regions import Confidence, Contest, find_seeds
+from gpuroi.algorithms.measure import gather
+from gpuroi.algorithms.threshold import cutoff_above, cutoff_at, one_sided, percentile_scores
+from gpuroi.arrays import computable
+from gpuroi.backends import Backend, LabelledVoxels
+from gpuroi.errors import DeviceMemoryError
+from gpuroi.masks import load_mask
+from gpuroi.recipe import Recipe
+from gpuroi.result import Regions
+from gpuroi.types import Array, FloatArray, ImageLike
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+
+# Affines in NIfTI headers are float32: a volume in mm^3 is known to about seven digits.
+_VOLUME_TOLERANCE = 1e-6
+
+
+def extract_maps(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> Iterator[Regions]:
+    """Yield the regions of each map, batch by batch of maps that share a grid and a dtype.
+
+    While the host finishes one batch (random walks, mostly), a device works on the next.
+    """
+    batches = _batches(map(_prepare, maps), backend.batch_bytes)
+
+    def on_device(batch: list[_Prepared]) -> list[_OnDevice]:
+        masks = _Masks.load(recipe, batch[0].source)
+        volumes = [prepared.volume for prepared in batch]
+        host = volumes[0][np.newaxis] if len(batch) == 1 else np.stack(volumes)
+
+        def step(piece: NDArray[Any]) -> list[_OnDevice]:
+            return _on_device(piece, batch[0].source, masks, recipe, backend)
+
+        return _in_pieces(host, step, backend.device)
+
+    parameters = recipe.describe()
+    in_batches = backend.batch_bytes > 1  # a device; the CPU would only compete with itself
+    for batch, found in _with_results(batches, on_device, ahead=in_batches):
+        for prepared, volume in zip(batch, found, strict=True):
+            yield _regions(prepared, volume, recipe, parameters, backend)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A map as backends take it: float32 or float64 and finite."""
+
+    source: io.Map
+    volume: FloatArray
+    n_not_finite: int
+    largest_magnitude: float
+
+    def fits(self, other: "_Prepared") -> bool:
+        """Return whether both can go through the backend as one batch."""
+        return self.volume.dtype == other.volume.dtype and io.same_grid(
+            self.volume.shape, self.source.affine, other.volume.shape, other.source.affine
+        )
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """What the backend found in one volume: regions, or the sides whose seeds still compete."""
+
+    cutoff: float
+    score: float | None
+    n_ranked: int | None
+    found: LabelledVoxels | Contest
+
+
+def _prepare(source: io.Map) -> _Prepared:
+    volume = computable(source.data)
+    lowest, highest = volume.min(initial=0), volume.max(initial=0)
+    n_not_finite = 0
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        finite = np.isfinite(volume)
+        n_not_finite = int(volume.size - np.count_nonzero(finite))
+        volume = np.where(finite, volume, volume.dtype.type(0))
+        lowest, highest = volume.min(), volume.max()
+        warnings.warn(
+            f"{source.name}: {n_not_finite} voxels are NaN or infinite; they become background.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return _Prepared(source, volume, n_not_finite, float(max(highest, -lowest)))
+
+
+def _batches(prepared: Iterable[_Prepared], batch_bytes: int) -> Iterator[list[_Prepared]]:
+    batch: list[_Prepared] = []
+    for one in prepared:
+        if batch and (not one.fits(batch[0]) or (len(batch) + 1) * one.volume.nbytes > batch_bytes):
+            yield batch
+            batch = []
+        batch.append(one)
+    if batch:
+        yield batch
+
+
+def _with_results(
+    items: Iterable[_T], step: Callable[[_T], _U], *, ahead: bool
+) -> Iterator[tuple[_T, _U]]:
+    """Yield each item with ``step(item)``; if `ahead`, one step runs while the caller is busy."""
+    if not ahead:
+        for item in items:
+            yield item, step(item)
+        return
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        waiting: tuple[_T, Any] | None = None
+        for item in items:
+            started = item, worker.submit(step, item)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = started
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """The masks of a recipe on the grid of a batch; None is everywhere."""
+
+    brain: NDArray[np.bool_] | None
+    population: NDArray[np.bool_] | None
+
+    @classmethod
+    def load(cls, recipe: Recipe, source: io.Map) -> "_Masks":
+        def on_grid(mask: ImageLike, parameter: str) -> NDArray[np.bool_]:
+            return load_mask(
+                mask,
+                source.data.shape,
+                source.affine,
+                resample=recipe.resample_mask,
+                parameter=parameter,
+            )
+
+        brain = None if recipe.mask_img is None else on_grid(recipe.mask_img, "mask_img")
+        if isinstance(recipe.population, str):
+            return cls(brain, brain)
+        population = on_grid(recipe.population, "population")
+        return cls(brain, population if brain is None else population & brain)
+
+
+def _in_pieces(
+    host: NDArray[Any], step: Callable[[NDArray[Any]], list[_OnDevice]], device: str
+) -> list[_OnDevice]:
+    """Return ``step(host)``, put together from halves where the device is too small."""
+    try:
+        return step(host)
+    except MemoryError as error:
+        if len(host) == 1:
+            raise DeviceMemoryError(
+                f"one volume of shape {host.shape[1:]} ({host.nbytes / 2**20:.0f} MiB as "
+                f"{host.dtype}) does not fit on {device}: {error}. "
+                "Pass backend='cpu', or free the memory that other processes hold."
+            ) from error
+    half = len(host) // 2
+    return _in_pieces(host[:half], step, device) + _in_pieces(host[half:], step, device)
+
+
+def _on_device(
+    host: NDArray[Any], source: io.Map, masks: _Masks, recipe: Recipe, backend: Backend
+) -> list[_OnDevice]:
+    """Threshold `host` ``(B, X, Y, Z)``, and find regions or seeds."""
+    xp = backend.xp
+    maps = backend.to_device(host)
+    if masks.brain is not None:
+        maps = xp.where(backend.to_device(masks.brain), maps, maps.dtype.type(0))
+
+    scores: list[float | None] = [None] * len(host)
+    n_ranked: list[int | None] = [None] * len(host)
+    if recipe.threshold.is_percentile:
+        population = None
+        if masks.population is not None:
+            population = xp.broadcast_to(backend.to_device(masks.population), maps.shape)
+        exact_scores, ranked = percentile_scores(
+            backend,
+            maps,
+            recipe.threshold.value,
+            recipe.tail,
+            population,
+            nonzero_only=isinstance(recipe.population, str) and recipe.population == "nonzero",
+        )
+        cutoffs = cutoff_above(exact_scores, host.dtype)
+        scores = [None if math.isnan(score) else score for score in exact_scores.tolist()]
+        n_ranked = ranked.tolist()
+    else:
+        cutoffs = cutoff_at(recipe.threshold.value, len(host), host.dtype)
+
+    found: list[LabelledVoxels | Contest]
+    if recipe.method == "local_regions":
+        found = _contests(maps, cutoffs, source, recipe, backend)
+    else:
+        min_voxels = _min_voxels(recipe, source)
+        found = [
+            *backend.component_voxels(maps, cutoffs, recipe.tail, recipe.connectivity, min_voxels)
+        ]
+    values: list[float] = cutoffs.tolist()
+    return [
+        _OnDevice(cutoff, score, n, volume)
+        for cutoff, score, n, volume in zip(values, scores, n_ranked, found, strict=True)
+    ]
+
+
+def _contests(
+    maps: Array, cutoffs: FloatArray, source: io.Map, recipe: Recipe, backend: Backend
+) -> list[LabelledVoxels | Contest]:
+    """Find the seeds of each volume, each sign of the tail on its own, by magnitude."""
+    sigma_voxels = sigma_in_voxels(recipe.smoothing_fwhm_mm, source.affine)
+    sides = [
+        list(find_seeds(backend, side, sigma_voxels, recipe.seed_distance_voxels))
+        for side in one_sided(backend, maps, cutoffs, recipe.tail)
+    ]
+    return [Contest(volume) for volume in zip(*sides, strict=True)]
+
+
+def sigma_in_voxels(fwhm_mm: float, affine: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Return the standard deviation, along each axis, of a Gaussian of `fwhm_mm`."""
+    voxel_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    sigma = fwhm_mm / (np.sqrt(8 * np.log(2)) * voxel_mm)
+    return float(sigma[0]), float(sigma[1]), float(sigma[2])
+
+
+def _min_voxels(recipe: Recipe, source: io.Map) -> int:
+    exact = recipe.min_region_size_mm3 / source.voxel_volume_mm3
+    return math.ceil(exact * (1 - _VOLUME_TOLERANCE))
+
+
+def _regions(
+    prepared: _Prepared,
+    volume: _OnDevice,
+    recipe: Recipe,
+    parameters: dict[str, Any],
+    backend: Backend,
+) -> Regions:
+    source = prepared.source
+    min_voxels = _min_voxels(recipe, source)
+    walks: dict[str, Any] = {}
+    if isinstance(volume.found, LabelledVoxels):
+        voxels = volume.found
+    else:
+        voxels, confidence = volume.found.settle(min_voxels)
+        _warn_of_undecided(source.name, confidence)
+        walks = {"random_walker": asdict(confidence)}
+    return Regions(
+        voxels=gather(voxels, prepared.volume),
+        affine=source.affine,
+        header=source.header,
+        cutoff=volume.cutoff,
+        provenance={
+            "source": source.name,
+            "shape": list(source.data.shape),
+            "voxel_volume_mm3": source.voxel_volume_mm3,
+            "dtype": str(source.data.dtype),
+            "parameters": parameters,
+            "percentile_score": volume.score,
+            "voxels_ranked": volume.n_ranked,
+            "cutoff": volume.cutoff if math.isfinite(volume.cutoff) else None,
+            "min_voxels": min_voxels,
+            "voxels_not_finite": prepared.n_not_finite,
+            "largest_magnitude": prepared.largest_magnitude,
+            "regions": voxels.n_regions,
+            **walks,
+            "backend": backend.name,
+            "device": backend.device,
+            "versions": _versions() | backend.versions(),
+        },
+    )
+
+
+def _warn_of_undecided(name: str, confidence: Confidence) -> None:
+    if confidence.n_undecided:
+        warnings.warn(
+            f"{name}: {confidence.n_undecided} voxels lie between two regions more closely than "
+            f"the random walker can tell (probabilities are good to {confidence.error:.0e}); "
+            "their labels may differ on another machine.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    from gpuroi import __version__
+
+    return {"gpuroi": __version__, "nibabel": importlib.metadata.version("nibabel")}

@@ -1,0 +1,107 @@
+"""The parameters of an extraction, checked at the door and the same for every map."""
+
+import math
+import numbers
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gpuroi import io
+from gpuroi.algorithms.threshold import Threshold, parse_threshold
+from gpuroi.arrays import check_choice
+from gpuroi.types import CONNECTIVITIES, TAILS, Connectivity, ImageLike, Tail
+
+Method = Literal["connected_components", "local_regions"]
+METHODS: tuple[Method, ...] = ("connected_components", "local_regions")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The checked parameters of `extract_regions`; see there."""
+
+    threshold: Threshold
+    tail: Tail = "both"
+    population: Literal["all", "nonzero"] | ImageLike = "all"
+    mask_img: ImageLike | None = None
+    method: Method = "connected_components"
+    connectivity: Connectivity = 6
+    min_region_size_mm3: float = 0.0
+    smoothing_fwhm_mm: float = 6.0
+    seed_distance_voxels: int = 10
+    resample_mask: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """Return the parameters as JSON-serialisable values, images by their names."""
+        asked = {
+            "threshold": str(self.threshold),
+            "tail": self.tail,
+            "population": self.population
+            if isinstance(self.population, str)
+            else io.describe(self.population),
+            "mask": None if self.mask_img is None else io.describe(self.mask_img),
+            "method": self.method,
+            "connectivity": self.connectivity,
+            "min_region_size_mm3": self.min_region_size_mm3,
+        }
+        if self.method == "local_regions":
+            asked |= {
+                "smoothing_fwhm_mm": self.smoothing_fwhm_mm,
+                "seed_distance_voxels": self.seed_distance_voxels,
+            }
+        return asked
+
+
+def make_recipe(
+    threshold: float | str = "97%",
+    *,
+    tail: str = "both",
+    population: str | ImageLike = "all",
+    mask_img: ImageLike | None = None,
+    method: str = "connected_components",
+    connectivity: int = 6,
+    min_region_size: float = 0.0,
+    smoothing_fwhm: float = 6.0,
+    seed_distance: int = 10,
+    resample_mask: bool = False,
+) -> Recipe:
+    """Return the parameters of `extract_regions`, checked; see there."""
+    return Recipe(
+        threshold=_magnitude_threshold(threshold),
+        tail=check_choice("tail", tail, TAILS),
+        population=_check_population(population),
+        mask_img=mask_img,
+        method=check_choice("method", method, METHODS),
+        connectivity=check_choice("connectivity", connectivity, CONNECTIVITIES),
+        min_region_size_mm3=_at_least_zero("min_region_size", min_region_size, "mm^3"),
+        smoothing_fwhm_mm=_at_least_zero("smoothing_fwhm", smoothing_fwhm, "mm"),
+        seed_distance_voxels=seed_distance,
+        resample_mask=resample_mask,
+    )
+
+
+def _magnitude_threshold(threshold: float | str) -> Threshold:
+    parsed = parse_threshold(threshold)
+    if parsed.value < 0:
+        raise ValueError(
+            f"threshold={threshold!r} is below zero; a threshold is a magnitude. For values below "
+            f"zero pass threshold={-parsed.value:g} with tail='negative'."
+        )
+    return parsed
+
+
+def _check_population(population: Any) -> Any:
+    if isinstance(population, str) and population not in ("all", "nonzero"):
+        if not Path(population).expanduser().exists():
+            raise ValueError(
+                f"population={population!r} is neither 'all' nor 'nonzero', nor an existing file."
+            )
+        return Path(population)
+    return population
+
+
+def _at_least_zero(parameter: str, value: float, unit: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{parameter}={value!r} is a {type(value).__name__}; pass {unit} >= 0.")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{parameter}={value!r} is not a finite number >= 0 (in {unit}).")
+    return float(value)

@@ -1,0 +1,531 @@
+"""The command line: what it writes, what it says, and its exit codes."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from nilearn.image import threshold_img
+from nilearn.regions import connected_regions
+from typer.testing import CliRunner
+
+import gpuroi
+from gpuroi import backends, cli
+from gpuroi.datasets import load_sample_motor_activation_image
+
+# Two regions: 27 voxels of 5 and 8 voxels of -6, of 27 mm^3 each.
+DATA = np.zeros((12, 12, 12), np.float32)
+DATA[2:5, 2:5, 2:5] = 5.0
+DATA[7:9, 7:9, 7:9] = -6.0
+AFFINE = np.diag([3.0, 3.0, 3.0, 1.0])
+
+BOTH = ("--threshold", "3.0", "--min-region-size", "0")  # finds the two
+
+# Runs a command in a process of its own, as the installed script does.
+IN_A_PROCESS = (sys.executable, "-c", "from gpuroi.cli import main; main()")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    """Work in `tmp_path`, on the CPU, before a wide terminal without colours."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPUROI_BACKEND", "cpu")
+    for name in ("COLUMNS", "TERMINAL_WIDTH"):
+        monkeypatch.setenv(name, "200")
+    for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def write_map(name, data=DATA, affine=AFFINE):
+    nib.Nifti1Image(data, affine).to_filename(name)
+    return name
+
+
+def run(*arguments):
+    """Return the result of a command; an exception that it does not handle fails the test."""
+    return CliRunner().invoke(cli.app, [str(one) for one in arguments], catch_exceptions=False)
+
+
+def plain(said):
+    """Return `said` without the colours that typer uses where it believes in a terminal."""
+    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", said)
+
+
+def succeed(*arguments):
+    """Return what a command prints when all goes well, which is nothing on stderr."""
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return plain(result.stdout)
+
+
+def read_labels(path):
+    return np.asanyarray(nib.load(path).dataobj)
+
+
+def written(folder="out"):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def outputs(*stems):
+    return [
+        f"{stem}_desc-regions_dseg{extension}"
+        for stem in sorted(stems)
+        for extension in (".json", ".nii.gz", ".tsv")
+    ]
+
+
+class TestExtract:
+    def test_the_sample_from_end_to_end(self):
+        said = succeed("extract", "--sample", "-o", "out")
+        prefix = "out/image_10426_desc-regions_dseg"
+        assert f"{prefix}.nii.gz: 6 regions of at least 1500 mm³ at |value| ≥ 2.59467 " in said
+        assert written() == outputs("image_10426")
+
+        sample = load_sample_motor_activation_image()
+        stack, _ = connected_regions(
+            threshold_img(sample, "97%"), min_region_size=1500, extract_type="connected_components"
+        )
+        foreground = (stack.get_fdata() != 0).any(axis=-1)
+        labels = read_labels(f"{prefix}.nii.gz")
+        np.testing.assert_array_equal(labels != 0, foreground)
+        table = pd.read_csv(f"{prefix}.tsv", sep="\t")
+        assert table["voxels"].tolist() == [2520, 404, 433, 67, 802, 56]
+        assert np.bincount(labels.ravel())[1:].tolist() == table["voxels"].tolist()
+        for row in table.itertuples():
+            assert re.search(rf"│ +{row.index} │ +{row.voxels} │ +{row.volume_mm3:.0f} │", said)
+        provenance = json.loads(Path(f"{prefix}.json").read_text())
+        assert provenance["source"] == sample
+        assert provenance["parameters"]["min_region_size_mm3"] == 1500
+
+    def test_a_table_of_the_regions(self):
+        said = succeed("extract", write_map("m.nii"), *BOTH, "-o", "out")
+        heading, *table = said.splitlines()
+        assert heading == (
+            "out/m_desc-regions_dseg.nii.gz: 2 regions of at least 0 mm³ at |value| ≥ 3 "
+            "(threshold 3, cpu)"
+        )
+        rows = [re.split(r" *│ *", line)[1:-1] for line in table if line.startswith("│")]
+        assert rows == [
+            ["1", "27", "729", "5.00", "6.0 6.0 6.0", "5.00", ""],
+            ["2", "8", "216", "-6.00", "21.0 21.0 21.0", "-6.00", ""],
+        ]
+
+    def test_several_maps_are_each_what_they_are_alone(self):
+        for name, scale in (("a.nii", 1), ("b.nii.gz", 2), ("c.nii", -1)):
+            write_map(name, DATA * scale)
+            succeed("extract", name, *BOTH, "-o", "alone")
+        succeed("extract", "a.nii", "b.nii.gz", "c.nii", *BOTH, "-o", "out")
+        assert written("out") == outputs("a", "b", "c") == written("alone")
+        for name in written("out"):
+            assert (Path("out") / name).read_bytes() == (Path("alone") / name).read_bytes()
+
+    def test_volumes_of_a_series_have_a_number_each(self):
+        series = np.stack([DATA, np.zeros_like(DATA), np.abs(DATA)], axis=-1)
+        said = succeed("extract", write_map("s.nii.gz", series), *BOTH, "-o", "out")
+        assert written() == outputs("s_vol-0000", "s_vol-0001", "s_vol-0002")
+        headings = [line for line in said.splitlines() if line.startswith("out/")]
+        assert [heading.split()[1] for heading in headings] == ["2", "0", "2"]
+        signs = [
+            pd.read_csv(f"out/s_vol-000{volume}_desc-regions_dseg.tsv", sep="\t")["sign"].tolist()
+            for volume in range(3)
+        ]
+        assert signs == [[1, -1], [], [1, 1]]
+        provenance = json.loads(Path("out/s_vol-0002_desc-regions_dseg.json").read_text())
+        assert provenance["source"] == "s.nii.gz[2]"
+
+    def test_a_series_of_one_has_none(self):
+        succeed("extract", write_map("s.nii", DATA[..., np.newaxis]), *BOTH, "-o", "out")
+        assert written() == outputs("s")
+
+    @pytest.mark.parametrize(
+        ("options", "signs", "cutoff"),
+        [
+            (BOTH, [1, -1], 3),
+            (("--threshold", "5.5", "--min-region-size", "0"), [-1], 5.5),
+            (("--threshold", "5", "--min-region-size", "216"), [1, -1], 5),
+            (("--threshold", "5", "--min-region-size", "216.1"), [1], 5),
+            ((*BOTH, "--tail", "positive"), [1], 3),
+            ((*BOTH, "--tail", "negative"), [-1], 3),
+            ((*BOTH, "--connectivity", "26"), [1, -1], 3),
+            (("--threshold", "90%", "--min-region-size", "0"), [1, -1], 1.401298464324817e-45),
+            (
+                ("--threshold", "50%", "--population", "nonzero", "--min-region-size", "0"),
+                [-1],
+                float(np.nextafter(np.float32(5), np.float32(6))),
+            ),
+        ],
+    )
+    def test_options_reach_the_recipe(self, options, signs, cutoff):
+        succeed("extract", write_map("m.nii"), *options, "-o", "out")
+        table = pd.read_csv("out/m_desc-regions_dseg.tsv", sep="\t")
+        assert table["sign"].tolist() == signs
+        provenance = json.loads(Path("out/m_desc-regions_dseg.json").read_text())
+        assert provenance["cutoff"] == cutoff
+
+    def test_connectivity_joins_corners_when_asked(self):
+        data = np.zeros_like(DATA)
+        data[1, 1, 1] = data[2, 2, 2] = 4.0
+        write_map("m.nii", data)
+        for connectivity, n_regions in ((6, "2"), (18, "2"), (26, "1")):
+            said = succeed("extract", "m.nii", *BOTH, "--connectivity", connectivity)
+            assert said.split()[1] == n_regions
+        assert written("regions-out") == outputs("m")  # the folder where none is named
+
+    def test_again_gives_the_same_bytes(self):
+        write_map("m.nii.gz")
+        runs = []
+        for folder in ("one", "other"):
+            said = succeed("extract", "m.nii.gz", "--sample", *BOTH, "-o", folder)
+            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+            runs.append((said.replace(folder, "out"), files))
+        assert runs[0] == runs[1]
+        assert len(runs[0][1]) == 6
+
+    def test_old_files_are_replaced_and_others_left(self):
+        write_map("m.nii")
+        Path("out").mkdir()
+        for name in ("m_desc-regions_dseg.tsv", "notes.txt"):
+            (Path("out") / name).write_text("old")
+        succeed("extract", "m.nii", *BOTH, "-o", "out")
+        assert written() == [*outputs("m"), "notes.txt"]
+        assert Path("out/m_desc-regions_dseg.tsv").read_text().startswith("index\tname\t")
+        assert Path("out/notes.txt").read_text() == "old"
+
+    @pytest.mark.parametrize(
+        ("name", "stem"),
+        [
+            ("m.nii", "m"),
+            ("M.NII.GZ", "M"),
+            ("sub-01.run-1.nii.gz", "sub-01.run-1"),
+            ("zstat_3.1", "zstat_3.1"),
+        ],
+    )
+    def test_outputs_are_named_after_the_map(self, name, stem):
+        Path(write_map("m.nii")).rename(name)
+        succeed("extract", name, *BOTH, "-o", "out")
+        assert written() == outputs(stem)
+
+    def test_home_is_expanded_in_the_output(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        succeed("extract", write_map("m.nii"), *BOTH, "--output=~/out")
+        assert written("home/out") == outputs("m")
+        assert not Path("~").exists()
+
+
+class TestMasks:
+    @pytest.fixture(autouse=True)
+    def _map(self):
+        write_map("m.nii")
+
+    def test_voxels_outside_are_background(self):
+        write_map("mask.nii", (DATA > 0).astype(np.uint8))
+        succeed("extract", "m.nii", *BOTH, "--mask", "mask.nii", "-o", "out")
+        labels = read_labels("out/m_desc-regions_dseg.nii.gz")
+        np.testing.assert_array_equal(labels, DATA > 0)
+
+    def test_a_population_may_be_a_mask(self):
+        write_map("mask.nii", (DATA > 0).astype(np.uint8))
+        options = ("--threshold", "50%", "--min-region-size", "0", "--population", "mask.nii")
+        succeed("extract", "m.nii", *options, "-o", "out")
+        provenance = json.loads(Path("out/m_desc-regions_dseg.json").read_text())
+        assert (provenance["percentile_score"], provenance["voxels_ranked"]) == (5.0, 27)
+        assert provenance["parameters"]["population"] == "mask.nii"
+
+    def test_another_grid_must_be_asked_for(self):
+        mask = np.zeros((6, 6, 6), np.uint8)
+        mask[:3] = 1
+        write_map("mask.nii", mask, np.diag([6.0, 6.0, 6.0, 1.0]))
+        command = ("extract", "m.nii", *BOTH, "--mask", "mask.nii", "-o", "out")
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "m.nii: mask_img mask.nii is on another grid than the map: " in result.stderr
+        assert "shape (6, 6, 6) against (12, 12, 12)" in result.stderr
+        assert written() == []
+        succeed(*command, "--resample-mask")
+        labels = read_labels("out/m_desc-regions_dseg.nii.gz")
+        np.testing.assert_array_equal(labels, DATA > 0)
+
+
+class TestSaid:
+    @pytest.mark.parametrize(
+        ("scale", "options", "explanation"),
+        [
+            (1, ("--threshold", "97"), "6. A percentile needs its percent sign: 97%."),
+            (1, ("--threshold", "inf"), "6. A percentile needs its percent sign: 97%."),
+            (1, ("--threshold", "97%"), "6."),
+            (1, ("--threshold", "3", "--min-region-size", "1000"), "6."),
+            (0, ("--threshold", "97%"), "0."),
+        ],
+    )
+    def test_nothing_found(self, scale, options, explanation):
+        said = succeed("extract", write_map("m.nii", DATA * scale), *options, "-o", "out")
+        heading, explained = said.splitlines()
+        assert heading.startswith("out/m_desc-regions_dseg.nii.gz: 0 regions of at least 1")
+        assert explained == f"  Nothing found; the largest magnitude is {explanation}"
+        assert not read_labels("out/m_desc-regions_dseg.nii.gz").any()
+        assert len(pd.read_csv("out/m_desc-regions_dseg.tsv", sep="\t")) == 0
+
+    @pytest.mark.parametrize("n_maps", [8, 9])
+    def test_many_maps_are_one_line_each(self, n_maps):
+        names = [write_map(f"m{number}.nii") for number in range(n_maps)]
+        lines = succeed("extract", *names, *BOTH, "-o", "out").splitlines()
+        headings = [f"out/m{number}_desc-regions_dseg.nii.gz:" for number in range(n_maps)]
+        assert [line.split()[0] for line in lines if line.startswith("out/")] == headings
+        assert ("┃" in "".join(lines)) == (n_maps == 8)
+
+    def test_many_volumes_are_one_line_each(self):
+        series = np.repeat(DATA[..., np.newaxis], 9, axis=-1)
+        lines = succeed("extract", write_map("s.nii"), *BOTH, "-o", "out").splitlines()
+        assert "┃" in "".join(lines)
+        lines = succeed("extract", write_map("s.nii", series), *BOTH, "-o", "out").splitlines()
+        assert len(lines) == 9
+
+    def test_a_long_table_ends_with_where_the_rest_is(self):
+        data = np.zeros((7, 14, 14), np.float32)
+        data[::2, ::2, ::2] = 4.0
+        data[4:, 8:] = 0
+        n_regions = np.count_nonzero(data)
+        said = succeed("extract", write_map("sub-01.run-1[a].nii", data), *BOTH, "-o", "out")
+        assert sum(line.startswith("│") for line in said.splitlines()) == 40
+        last = said.splitlines()[-1]
+        table = "sub-01.run-1[a]_desc-regions_dseg.tsv"
+        assert last == f"  … and {n_regions - 40} more in {table}"
+        assert len(pd.read_csv(f"out/{table}", sep="\t")) == n_regions
+
+    def test_voxels_that_are_not_finite_are_warned_of_once(self):
+        data = DATA.copy()
+        data[0, 0, :2] = np.nan, np.inf
+        write_map("m[1].nii", data)
+        result = run("extract", "m[1].nii", *BOTH, "-o", "out")
+        assert result.exit_code == 0
+        assert result.stderr == (
+            "warning: m[1].nii: 2 voxels are NaN or infinite; they become background.\n"
+        )
+        np.testing.assert_array_equal(
+            read_labels("out/m[1]_desc-regions_dseg.nii.gz"), (DATA > 0) + 2 * (DATA < 0)
+        )
+
+    @pytest.mark.filterwarnings("ignore::ResourceWarning")  # as Python does by default
+    def test_warnings_for_developers_are_not_shown(self):
+        nib.MGHImage(DATA, AFFINE).to_filename("m.mgh")  # which nibabel does not close again
+        succeed("extract", "m.mgh", *BOTH, "-o", "out")
+        assert written() == outputs("m")
+
+    def test_brackets_and_colons_are_no_markup(self):
+        Path("[cuda13]").mkdir()
+        name = write_map("[cuda13]/[bold]m:brain:[bold].nii")
+        result = run("extract", name, "[red]bad.nii", *BOTH, "-o", "[out]")
+        assert "[out]/[bold]m:brain:[bold]_desc-regions_dseg.nii.gz: 2 regions" in result.stdout
+        assert result.stderr == (
+            "failed: [red]bad.nii: no such file.\n1 of 2 maps failed; the others are in [out].\n"
+        )
+
+    def test_lines_are_not_broken_however_narrow_the_terminal(self, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "20")
+        result = run("extract", write_map("m.nii"), "missing.nii", "--threshold", "97", "-o", "out")
+        assert len(result.stdout.splitlines()) == 2
+        assert len(result.stderr.splitlines()) == 2
+
+    def test_a_bar_for_several_maps_on_a_terminal(self, monkeypatch):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        names = [write_map(f"m{number}.nii") for number in range(3)]
+        several = run("extract", *names, *BOTH, "-o", "out")
+        alone = run("extract", names[0], *BOTH, "-o", "out")
+        assert re.search(r"maps .*3/3", plain(several.stderr))
+        assert "━" not in alone.stderr
+
+
+class TestFailures:
+    def test_a_bad_map_does_not_stop_the_others(self):
+        names = [write_map("a.nii"), "bad.nii.gz", "missing.nii", write_map("z.nii.gz")]
+        Path("bad.nii.gz").write_bytes(Path("z.nii.gz").read_bytes()[:-20])
+        result = run("extract", *names, *BOTH, "-o", "out")
+        assert result.exit_code == 1
+        assert written() == outputs("a", "z")
+        assert re.fullmatch(
+            r"failed: bad\.nii\.gz: expected a whole gzip stream, .*\n"
+            r"failed: missing\.nii: no such file\.\n"
+            r"2 of 4 maps failed; the others are in out\.\n",
+            result.stderr,
+        )
+        assert result.stdout.count("2 regions of at least") == 2
+
+    def test_all_bad(self):
+        result = run("extract", "missing.nii", "-o", "out")
+        assert result.exit_code == 1
+        assert result.stderr == "failed: missing.nii: no such file.\n1 of 1 maps failed.\n"
+        assert result.stdout == ""
+        assert written() == []
+
+    def test_a_reason_without_the_map_is_given_its_name(self, monkeypatch):
+        def full(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("gpuroi.io.atomic_writer", full)
+        result = run("extract", write_map("m.nii"), *BOTH, "-o", "out")
+        assert result.exit_code == 1
+        assert result.stderr.startswith("failed: m.nii: [Errno 28] No space left on device\n")
+
+    def test_a_folder_in_the_way_of_a_label_image(self):
+        Path("out/a_desc-regions_dseg.nii.gz").mkdir(parents=True)
+        result = run("extract", write_map("a.nii"), write_map("b.nii"), *BOTH, "-o", "out")
+        assert result.exit_code == 1
+        assert re.match(r"failed: a\.nii: .*a_desc-regions_dseg\.nii\.gz", result.stderr)
+        assert written() == ["a_desc-regions_dseg.nii.gz", *outputs("b")]
+
+    def test_an_unreadable_map_is_one_bad_map(self):
+        Path(write_map("a.nii")).chmod(0)
+        if os.access("a.nii", os.R_OK):
+            pytest.skip("this user may read everything")
+        result = run("extract", "a.nii", write_map("b.nii"), *BOTH, "-o", "out")
+        assert result.exit_code == 1
+        assert "failed: [Errno 13] Permission denied: 'a.nii'" in result.stderr
+        assert written() == outputs("b")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], r"there is no map to work on; name a file, or pass --sample\."),
+            (["m.nii", "--threshold", "x%"], r"threshold='x%' has no number; pass .*'97%'"),
+            (["m.nii", "--threshold", "True"], "threshold='True' has no number; pass .*'97%'"),
+            (["m.nii", "--threshold", "101%"], "threshold='101%' is outside 0% to 100%; pass"),
+            (["m.nii", "--threshold", "-3%"], "threshold='-3%' is outside 0% to 100%; pass"),
+            (["m.nii", "--threshold", "nan"], "threshold=nan is not a number that voxels can"),
+            (["m.nii", "--threshold", "-3"], "threshold=-3.0 is below zero; .*threshold=3 with"),
+            (["m.nii", "--tail", "up"], "tail='up' is not one of 'both', 'positive', 'negative'"),
+            (["m.nii", "--connectivity", "7"], r"connectivity=7 is not one of 6, 18, 26\."),
+            (["m.nii", "--connectivity", "six"], "Invalid value for '--connectivity'"),
+            (["m.nii", "--method", "walk"], "method='walk' is not one of 'connected_components'"),
+            (["m.nii", "--method", "local_regions"], "is not part of this release of gpuroi; pass"),
+            (["m.nii", "--backend", "tpu"], "backend='tpu' is unknown; gpuroi has cpu, cuda and"),
+            (["m.nii", "--min-region-size", "-1"], "min_region_size=-1.0 is not a finite number"),
+            (["m.nii", "--min-region-size", "nan"], "min_region_size=nan is not a finite number"),
+            (["m.nii", "--population", "brain"], "population='brain' is neither 'all' nor"),
+            (["m.nii", "--mask", "no.nii"], "'--mask': .*'no.nii' does not exist"),
+            (["m.nii", "--mask", "."], "'--mask': .*'.' is a directory"),
+            (["m.nii", "-o", "m.nii"], "'--output' / '-o': .*'m.nii' is a file"),
+            (["m.nii", "-o", "m.nii/out"], r"Not a directory: 'm\.nii/out'"),
+            (["m.nii", "a/m.nii.gz"], "m.nii and a/m.nii.gz would both write m_desc-regions_dseg"),
+            (["m.nii", "m.nii"], "would both write .*; extract them into separate folders"),
+            (["m.img", "M.hdr", "m.HDR"], "m.img and m.HDR would both write m_desc-regions_dseg"),
+            (["m.nii", "--nonsense"], "No such option: --nonsense"),
+        ],
+    )
+    def test_what_cannot_be_meant_is_refused_before_anything_is_done(self, arguments, message):
+        write_map("m.nii")
+        result = run("extract", *(["-o", "out"] if "-o" not in arguments else []), *arguments)
+        assert result.exit_code == 2
+        assert re.search(message, plain(result.stderr))
+        assert result.stdout == ""
+        assert written(".") == ["m.nii"]
+
+    @pytest.mark.parametrize("folder", ["closed", "closed/out"])
+    def test_a_folder_that_cannot_be_written_to(self, folder):
+        Path("closed").mkdir(mode=0o555)
+        if os.access("closed", os.W_OK):
+            pytest.skip("this user may write everywhere")
+        result = run("extract", write_map("m.nii"), "-o", folder)
+        assert result.exit_code == 2
+        assert re.search("'closed' is not writable|Permission denied: 'closed/out'", result.stderr)
+
+    def test_a_backend_that_cannot_run_says_what_to_install(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "cupy", None)
+        backends._load.cache_clear()
+        result = run("extract", write_map("m.nii"), "--backend", "cuda")
+        backends._load.cache_clear()
+        assert result.exit_code == 2
+        assert re.match(
+            r"error: CuPy cannot be imported .*; pip install 'gpuroi\[cuda13\]' ", result.stderr
+        )
+
+    def test_the_sample_without_nilearn_says_what_to_install(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "nilearn", None)
+        result = run("extract", "--sample", "-o", "out")
+        assert result.exit_code == 2
+        assert "not installed; pip install 'gpuroi[sample]'." in result.stderr
+
+
+class TestDevices:
+    def test_says_what_can_run_and_what_auto_takes(self):
+        said = succeed("devices")
+        device = backends.get_backend("cpu").device
+        assert re.search(rf"│ cpu +│ yes +│ {re.escape(device)} +│ numpy {np.__version__} ", said)
+        assert re.search(r"│ cuda +│ (yes|no) +│ ", said)
+        assert said.endswith("'auto' takes cpu.\n")
+
+    def test_says_why_the_others_cannot(self, monkeypatch):
+        reasons = {"cpu": None, "abacus": "pip install 'gpuroi[beads]' :brain:"}
+        monkeypatch.setattr(backends, "available_backends", lambda: reasons)
+        said = succeed("devices")
+        assert re.search(r"│ abacus +│ no +│ pip install 'gpuroi\[beads\]' :brain: +│", said)
+
+    def test_a_bad_environment_is_an_error_after_the_table(self, monkeypatch):
+        monkeypatch.setenv("GPUROI_BACKEND", "abacus")
+        result = run("devices")
+        assert result.exit_code == 2
+        assert "│ cpu " in result.stdout
+        assert result.stderr.startswith("error: GPUROI_BACKEND='abacus' is unknown; gpuroi has")
+
+
+class TestProgram:
+    def test_version(self):
+        assert succeed("--version") == f"gpuroi {gpuroi.__version__}\n"
+
+    @pytest.mark.parametrize(
+        ("command", "words"),
+        [
+            (["--help"], ["extract", "devices", "--version"]),
+            (
+                ["extract", "--help"],
+                ["[MAP]...", "--output", "--sample", "97%", "mm^3", "_vol-0000"],
+            ),
+            (["devices", "--help"], ["which backends can run here"]),
+        ],
+    )
+    def test_help(self, command, words):
+        said = succeed(*command)
+        assert [word for word in words if word not in said] == []
+
+    def test_without_a_command_the_help_is_shown(self):
+        result = run()
+        assert result.exit_code == 2
+        assert "extract" in result.output
+
+    def test_the_script_is_this_program(self):
+        (script,) = entry_points(group="console_scripts", name="gpuroi")
+        assert script.load() is cli.main
+
+    def test_help_loads_nothing_heavy(self):
+        code = (
+            "import sys\nfrom gpuroi.cli import main\n"
+            "try:\n    main()\nfinally:\n    print(*sys.modules, file=sys.stderr)"
+        )
+        command = (sys.executable, "-c", code, "--help")
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        loaded = {name.partition(".")[0] for name in done.stderr.split()}
+        assert "typer" in loaded
+        heavy = {"numpy", "scipy", "pandas", "nibabel", "matplotlib", "nilearn", "cupy", "cucim"}
+        assert not heavy & loaded
+
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+    def test_a_real_process_on_a_terminal_of_any_encoding(self, encoding):
+        command = ("extract", write_map("m.nii"), "bäd.nii", *BOTH, "-o", "out")
+        done = subprocess.run(
+            [*IN_A_PROCESS, *command],
+            capture_output=True,
+            encoding=encoding,
+            env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONWARNINGS": "error"},
+        )
+        assert done.returncode == 1
+        assert "out/m_desc-regions_dseg.nii.gz: 2 regions of at least 0 mm" in done.stdout
+        assert ("|value| ≥ 3" in done.stdout) == (encoding == "utf-8")
+        assert re.match(r"failed: b.+d\.nii: no such file\.\n1 of 2 maps failed", done.stderr)
+        assert written() == outputs("m")
