@@ -81,7 +81,8 @@ def extract(
         float, typer.Option(help="Smallest volume of a region, in mm^3.")
     ] = 1500.0,
     method: Annotated[
-        str, typer.Option(help="connected_components (local_regions is not in this release).")
+        str,
+        typer.Option(help="connected_components, or local_regions (maxima and a random walker)."),
     ] = "connected_components",
     connectivity: Annotated[
         int,

@@ -13,6 +13,10 @@ class InvalidMapError(GpuroiError, ValueError):
     """A map, mask or file that cannot be read as a 3-D volume (or a series of them)."""
 
 
+class DimensionError(InvalidMapError, TypeError):
+    """An image with too few or too many axes; nilearn's error of that name is a TypeError."""
+
+
 class UnknownBackendError(GpuroiError, ValueError):
     """A backend name that gpuroi has never heard of."""
 
@@ -23,10 +27,6 @@ class BackendUnavailableError(GpuroiError, RuntimeError):
 
 class DeviceMemoryError(GpuroiError, MemoryError):
     """One single volume does not fit into the memory of the device."""
-
-
-class UnsupportedMethodError(GpuroiError, ValueError):
-    """A method that exists in nilearn but not yet in this release of gpuroi."""
 
 
 class MissingExtraError(GpuroiError, ImportError):

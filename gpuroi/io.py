@@ -5,7 +5,7 @@ import math
 import os
 import secrets
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,8 @@ from nibabel.spatialimages import HeaderDataError, SpatialImage
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
-from gpuroi.errors import InvalidMapError
+from gpuroi.errors import DimensionError, InvalidMapError
+from gpuroi.space import check_affine, voxel_volume_mm3
 from gpuroi.types import ImageLike
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -51,7 +52,7 @@ class Map:
     @cached_property
     def voxel_volume_mm3(self) -> float:
         """Volume of one voxel."""
-        return float(abs(np.linalg.det(self.affine[:3, :3])))
+        return voxel_volume_mm3(self.affine)
 
 
 def describe(source: ImageLike) -> str:
@@ -201,19 +202,10 @@ def read_data(image: SpatialImage, name: str) -> NDArray[Any]:
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     if data.ndim not in (3, 4):
-        raise InvalidMapError(
+        raise DimensionError(
             f"{name}: expected a 3-D map or a 4-D series of maps, got shape {data.shape}."
         )
     return data
-
-
-def check_affine(affine: NDArray[np.float64] | None, name: str) -> NDArray[np.float64]:
-    """Return `affine` if it maps voxels to distinct places in mm."""
-    if affine is None or not np.isfinite(affine).all() or np.linalg.det(affine[:3, :3]) == 0:
-        raise InvalidMapError(
-            f"{name}: its affine is singular or not finite, so voxels have no size in mm:\n{affine}"
-        )
-    return affine
 
 
 def read_maps(source: ImageLike) -> list[Map]:
@@ -287,13 +279,3 @@ def write_text(text: str, path: Path) -> None:
     """Write `text` in UTF-8."""
     with atomic_writer(path) as file:
         file.write(text.encode())
-
-
-def same_grid(
-    shape: Sequence[int],
-    affine: NDArray[np.float64],
-    other_shape: Sequence[int],
-    other_affine: NDArray[np.float64],
-) -> bool:
-    """Return whether two images have the same voxels (affines as close as `numpy.allclose`)."""
-    return tuple(shape[:3]) == tuple(other_shape[:3]) and np.allclose(affine, other_affine)

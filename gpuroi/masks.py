@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 from scipy import linalg, ndimage
 
 from gpuroi import io
-from gpuroi.errors import InvalidMapError
+from gpuroi.errors import DimensionError, InvalidMapError
+from gpuroi.space import check_affine, same_grid
 from gpuroi.types import ImageLike
 
 
@@ -39,9 +40,9 @@ def load_mask(
     image = io.load(mask_img)
     data = io.read_data(image, name)
     if data.ndim != 3:
-        raise InvalidMapError(f"{name}: expected a 3-D mask, got shape {data.shape}.")
-    mask_affine = io.check_affine(image.affine, name)
-    if not io.same_grid(data.shape, mask_affine, shape, affine):
+        raise DimensionError(f"{name}: expected a 3-D mask, got shape {data.shape}.")
+    mask_affine = check_affine(image.affine, name)
+    if not same_grid(data.shape, mask_affine, shape, affine):
         if not resample:
             raise InvalidMapError(
                 f"{name} is on another grid than the map: shape {data.shape} against "

@@ -13,7 +13,8 @@ from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
 from gpuroi import io
-from gpuroi.errors import InvalidMapError
+from gpuroi.errors import DimensionError, InvalidMapError
+from gpuroi.space import check_affine, same_grid
 from gpuroi.types import ImageLike
 
 
@@ -39,15 +40,15 @@ def load_images(source: ImageLike | Iterable[ImageLike]) -> SpatialImage:
         image = io.load(source)
         name = io.describe(source)
         if len(image.shape) not in (3, 4):
-            raise InvalidMapError(f"{name}: expected a 3-D or 4-D image, got shape {image.shape}.")
-        io.check_affine(image.affine, name)
+            raise DimensionError(f"{name}: expected a 3-D or 4-D image, got shape {image.shape}.")
+        check_affine(image.affine, name)
         return image
     images = [load_images(one) for one in source]
     if not images:
         raise TypeError("the list of images is empty; pass at least one.")
     first = images[0]
     for number, other in enumerate(images):
-        if not io.same_grid(first.shape, first.affine, other.shape, other.affine):
+        if not same_grid(first.shape, first.affine, other.shape, other.affine):
             raise InvalidMapError(
                 f"image {number} of the list ({io.describe(other)}) is on another grid than the "
                 f"first ({io.describe(first)}): shape {other.shape} against {first.shape}, affines"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuroi import io
-from gpuroi.algorithms.local_regions import Confidence, Contest, find_seeds
+from gpuroi.algorithms.local_regions import Contest, find_seeds, warn_of_undecided
 from gpuroi.algorithms.measure import gather
 from gpuroi.algorithms.threshold import cutoff_above, cutoff_at, one_sided, percentile_scores
 from gpuroi.arrays import computable
@@ -25,6 +25,7 @@ from gpuroi.errors import DeviceMemoryError
 from gpuroi.masks import load_mask
 from gpuroi.recipe import Recipe
 from gpuroi.result import Regions
+from gpuroi.space import same_grid, sigma_voxels
 from gpuroi.types import Array, FloatArray, ImageLike
 
 _T = TypeVar("_T")
@@ -69,7 +70,7 @@ class _Prepared:
 
     def fits(self, other: "_Prepared") -> bool:
         """Return whether both can go through the backend as one batch."""
-        return self.volume.dtype == other.volume.dtype and io.same_grid(
+        return self.volume.dtype == other.volume.dtype and same_grid(
             self.volume.shape, self.source.affine, other.volume.shape, other.source.affine
         )
 
@@ -221,19 +222,12 @@ def _contests(
     maps: Array, cutoffs: FloatArray, source: io.Map, recipe: Recipe, backend: Backend
 ) -> list[LabelledVoxels | Contest]:
     """Find the seeds of each volume, each sign of the tail on its own, by magnitude."""
-    sigma_voxels = sigma_in_voxels(recipe.smoothing_fwhm_mm, source.affine)
+    sigma = sigma_voxels(recipe.smoothing_fwhm_mm, source.affine)
     sides = [
-        list(find_seeds(backend, side, sigma_voxels, recipe.seed_distance_voxels))
+        list(find_seeds(backend, side, sigma, recipe.seed_distance_voxels))
         for side in one_sided(backend, maps, cutoffs, recipe.tail)
     ]
     return [Contest(volume) for volume in zip(*sides, strict=True)]
-
-
-def sigma_in_voxels(fwhm_mm: float, affine: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Return the standard deviation, along each axis, of a Gaussian of `fwhm_mm`."""
-    voxel_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    sigma = fwhm_mm / (np.sqrt(8 * np.log(2)) * voxel_mm)
-    return float(sigma[0]), float(sigma[1]), float(sigma[2])
 
 
 def _min_voxels(recipe: Recipe, source: io.Map) -> int:
@@ -255,7 +249,7 @@ def _regions(
         voxels = volume.found
     else:
         voxels, confidence = volume.found.settle(min_voxels)
-        _warn_of_undecided(source.name, confidence)
+        warn_of_undecided(source.name, confidence)
         walks = {"random_walker": asdict(confidence)}
     return Regions(
         voxels=gather(voxels, prepared.volume),
@@ -281,17 +275,6 @@ def _regions(
             "versions": _versions() | backend.versions(),
         },
     )
-
-
-def _warn_of_undecided(name: str, confidence: Confidence) -> None:
-    if confidence.n_undecided:
-        warnings.warn(
-            f"{name}: {confidence.n_undecided} voxels lie between two regions more closely than "
-            f"the random walker can tell (probabilities are good to {confidence.error:.0e}); "
-            "their labels may differ on another machine.",
-            UserWarning,
-            stacklevel=2,
-        )
 
 
 @cache

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpuroi import io
+from gpuroi.algorithms.local_regions import SEED_DISTANCE_VOXELS
 from gpuroi.algorithms.threshold import Threshold, parse_threshold
 from gpuroi.arrays import check_choice
 from gpuroi.types import CONNECTIVITIES, TAILS, Connectivity, ImageLike, Tail
@@ -27,7 +28,7 @@ class Recipe:
     connectivity: Connectivity = 6
     min_region_size_mm3: float = 0.0
     smoothing_fwhm_mm: float = 6.0
-    seed_distance_voxels: int = 10
+    seed_distance_voxels: int = SEED_DISTANCE_VOXELS
     resample_mask: bool = False
 
     def describe(self) -> dict[str, Any]:
@@ -61,10 +62,15 @@ def make_recipe(
     connectivity: int = 6,
     min_region_size: float = 0.0,
     smoothing_fwhm: float = 6.0,
-    seed_distance: int = 10,
+    seed_distance: int = SEED_DISTANCE_VOXELS,
     resample_mask: bool = False,
 ) -> Recipe:
     """Return the parameters of `extract_regions`, checked; see there."""
+    if method == "local_regions" and connectivity != 6:
+        raise ValueError(
+            f"connectivity={connectivity!r} has no meaning for method='local_regions': its random "
+            "walker steps across faces; leave connectivity at 6."
+        )
     return Recipe(
         threshold=_magnitude_threshold(threshold),
         tail=check_choice("tail", tail, TAILS),
@@ -74,7 +80,7 @@ def make_recipe(
         connectivity=check_choice("connectivity", connectivity, CONNECTIVITIES),
         min_region_size_mm3=_at_least_zero("min_region_size", min_region_size, "mm^3"),
         smoothing_fwhm_mm=_at_least_zero("smoothing_fwhm", smoothing_fwhm, "mm"),
-        seed_distance_voxels=seed_distance,
+        seed_distance_voxels=_voxels("seed_distance", seed_distance),
         resample_mask=resample_mask,
     )
 
@@ -97,6 +103,14 @@ def _check_population(population: Any) -> Any:
             )
         return Path(population)
     return population
+
+
+def _voxels(parameter: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{parameter}={value!r} is a {type(value).__name__}; pass voxels >= 1.")
+    if value < 1:
+        raise ValueError(f"{parameter}={value!r} is not a number of voxels >= 1.")
+    return int(value)
 
 
 def _at_least_zero(parameter: str, value: float, unit: str) -> float:

@@ -404,7 +404,10 @@ class TestFailures:
             (["m.nii", "--connectivity", "7"], r"connectivity=7 is not one of 6, 18, 26\."),
             (["m.nii", "--connectivity", "six"], "Invalid value for '--connectivity'"),
             (["m.nii", "--method", "walk"], "method='walk' is not one of 'connected_components'"),
-            (["m.nii", "--method", "local_regions"], "is not part of this release of gpuroi; pass"),
+            (
+                ["m.nii", "--method", "local_regions", "--connectivity", "26"],
+                "connectivity=26 has no meaning for method='local_regions'",
+            ),
             (["m.nii", "--backend", "tpu"], "backend='tpu' is unknown; gpuroi has cpu, cuda and"),
             (["m.nii", "--min-region-size", "-1"], "min_region_size=-1.0 is not a finite number"),
             (["m.nii", "--min-region-size", "nan"], "min_region_size=nan is not a finite number"),

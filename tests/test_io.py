@@ -17,6 +17,7 @@ import gpuroi
 from gpuroi import io
 from gpuroi.errors import InvalidMapError
 from gpuroi.result import COLUMNS
+from gpuroi.space import same_grid
 
 SHAPE = (5, 6, 7)
 DATA = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
@@ -686,5 +687,5 @@ class TestSave:
     [(SHAPE, 0, True), ((*SHAPE, 4), 0, True), (SHAPE, 1e-9, True), (SHAPE, 0.1, False)],
 )
 def test_same_grid(shape, shift, same):
-    assert io.same_grid(SHAPE, AFFINE, shape, AFFINE + shift) is same
-    assert not io.same_grid((5, 6, 8), AFFINE, shape, AFFINE)
+    assert same_grid(SHAPE, AFFINE, shape, AFFINE + shift) is same
+    assert not same_grid((5, 6, 8), AFFINE, shape, AFFINE)

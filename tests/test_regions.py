@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from nilearn import regions as nilearn_regions
 from nilearn.image import threshold_img
 
-from gpuroi.errors import InvalidMapError, UnsupportedMethodError
+from gpuroi.errors import InvalidMapError
 from gpuroi.regions import connected_regions
 from tests.conftest import AFFINES, image
 
@@ -273,11 +273,6 @@ class TestBadParameters:
         assert answer(nilearn_regions.connected_regions, path).error is ValueError
         with pytest.raises(InvalidMapError, match=r"none\.nii: no such file"):
             connected_regions(path, 0, COMPONENTS)
-
-    def test_the_random_walker_is_not_here_yet(self, islands):
-        for kwargs in ({}, {"extract_type": "local_regions"}):
-            with pytest.raises(UnsupportedMethodError, match="pass extract_type='connected_compo"):
-                connected_regions(image(islands()), **kwargs)
 
 
 class TestDeviations:

@@ -5,6 +5,7 @@ segmentation for sparse decompositions", 2014 (doi:10.1007/978-3-319-12289-2_7).
 run on the backend; the competition is solved on the host.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,10 +13,13 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuroi.algorithms.walker import Walk, random_walk
+from gpuroi.algorithms.walker import Confidence, Walk, random_walk
 from gpuroi.backends import Backend, LabelledVoxels, _keys
 from gpuroi.backends._numbering import number_by_first_voxel
 from gpuroi.types import Array
+
+#: A seed is the maximum of a window that reaches this far to each side.
+SEED_DISTANCE_VOXELS = 10
 
 #: A seed exceeds this share of the maximum of the smoothed map.
 SEED_FLOOR = 0.1
@@ -68,16 +72,6 @@ def find_seeds(
 
 
 @dataclass(frozen=True)
-class Confidence:
-    """How sure the walks of a volume are; see `gpuroi.algorithms.walker.Walk`."""
-
-    residual: float
-    error: float
-    smallest_margin: float
-    n_undecided: int
-
-
-@dataclass(frozen=True)
 class Contest:
     """The foreground of each sign of one volume, whose seeds still compete."""
 
@@ -99,9 +93,31 @@ class Contest:
         all_index, all_regions = np.concatenate(index), np.concatenate(region)
         order = np.argsort(all_index)
         found = number_by_first_voxel(all_index[order], all_regions[order], n_regions, min_voxels)
-        return found, Confidence(
-            residual=max(walk.residual for walk in walks),
-            error=max(walk.error for walk in walks),
-            smallest_margin=min(walk.smallest_margin for walk in walks),
-            n_undecided=sum(walk.n_undecided for walk in walks),
+        return found, Confidence.lowest(walk.confidence for walk in walks)
+
+
+def large_in_seed_order(
+    index: NDArray[np.int64], label: NDArray[np.int32], min_voxels: int
+) -> LabelledVoxels:
+    """Return the regions with at least `min_voxels` voxels, numbered in the order of their seeds.
+
+    `index` holds flat indices in C order, `label` the seed of each, 0 for none.
+    """
+    sizes = np.bincount(label, minlength=1)
+    is_large = sizes >= min_voxels
+    is_large[0] = False
+    numbers = np.cumsum(is_large, dtype=np.int32)
+    kept = is_large[label]
+    return LabelledVoxels(index[kept], numbers[label[kept]], int(numbers[-1]))
+
+
+def warn_of_undecided(name: str, confidence: Confidence) -> None:
+    """Warn if some voxels of the map `name` could as well have another label."""
+    if confidence.n_undecided:
+        warnings.warn(
+            f"{name}: {confidence.n_undecided} voxels lie between two regions more closely than "
+            f"the random walker can tell (probabilities are good to {confidence.error:.0e}); "
+            "their labels may differ on another machine.",
+            UserWarning,
+            stacklevel=4,
         )

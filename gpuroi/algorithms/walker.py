@@ -7,7 +7,7 @@ Intelligence 28(11), 2006, doi:10.1109/TPAMI.2006.233). Seeds compete only insid
 component, so each component is a system of its own, and one with a single seed needs none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,14 +26,34 @@ TIE = 1e-9
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Labels of the foreground, and how sure they are."""
+class Confidence:
+    """How sure labels are; the defaults are those of labels that needed no solution."""
 
-    label: NDArray[np.int32]  # (m,), 0 where no seed decides
-    residual: float  # largest imbalance of the equations, 0 without any
-    error: float  # estimate of the largest error of a probability
-    smallest_margin: float  # between the two most probable seeds of a voxel, 1 without any
-    n_undecided: int  # voxels whose margin is too close to TIE for `error`
+    residual: float = 0.0  # largest imbalance of the equations
+    error: float = 0.0  # estimate of the largest error of a probability
+    smallest_margin: float = 1.0  # between the two most probable seeds of a voxel
+    n_undecided: int = 0  # voxels whose margin is too close to TIE for `error`
+
+    @classmethod
+    def lowest(cls, several: Iterable["Confidence"]) -> "Confidence":
+        """Return what holds for all of `several` together."""
+        result = cls()
+        for one in several:
+            result = cls(
+                max(result.residual, one.residual),
+                max(result.error, one.error),
+                min(result.smallest_margin, one.smallest_margin),
+                result.n_undecided + one.n_undecided,
+            )
+        return result
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Labels of the foreground ``(m,)``, 0 where no seed decides, and how sure they are."""
+
+    label: NDArray[np.int32]
+    confidence: Confidence
 
 
 def random_walk(
@@ -68,7 +88,7 @@ def random_walk(
     seeded = np.bincount(component[seeds > 0], minlength=n_components)
     decided = (unlabelled > 0) & (seeded > 0)
     if not decided.any():
-        return Walk(seeds.astype(np.int32), 0.0, 0.0, 1.0, 0)
+        return Walk(seeds.astype(np.int32), Confidence())
 
     lowest_seed = np.full(n_components, np.iinfo(np.int32).max, np.int32)
     highest_seed = np.zeros(n_components, np.int32)
@@ -77,18 +97,17 @@ def random_walk(
     label = np.where(decided, highest_seed, 0)[component].astype(np.int32)
     contested = decided & (lowest_seed < highest_seed)
 
-    scale = BETA / (10 * _standard_deviation(exact, shape)) if contested.any() else 0.0
-    residual, error, smallest_margin, n_undecided = 0.0, 0.0, 1.0, 0
+    deviation = _standard_deviation(exact, shape) if contested.any() else 0.0
+    scale = BETA / (10 * deviation) if deviation > 0 else 0.0  # a constant volume has no steps
+    confidences = []
     for voxels, edges in _each(contested, component, first):
         ends = np.searchsorted(voxels, np.stack([first[edges], second[edges]]))
         step = exact[first[edges]] - exact[second[edges]]
         weights = np.exp(-scale * step**2) + LEAST_WEIGHT
         walk = _solve(index[voxels], shape, ends, weights, seeds[voxels])
         label[voxels] = walk.label
-        residual, error = max(residual, walk.residual), max(error, walk.error)
-        smallest_margin = min(smallest_margin, walk.smallest_margin)
-        n_undecided += walk.n_undecided
-    return Walk(label, residual, error, smallest_margin, n_undecided)
+        confidences.append(walk.confidence)
+    return Walk(label, Confidence.lowest(confidences))
 
 
 def _neighbours(
@@ -177,8 +196,10 @@ def _solve(
     label[unknown] = labels[winner]
     return Walk(
         label,
-        solution.residual,
-        solution.error,
-        float(margin.min()),
-        int(np.count_nonzero(np.abs(margin - TIE) <= solution.error)),
+        Confidence(
+            solution.residual,
+            solution.error,
+            float(margin.min()),
+            int(np.count_nonzero(np.abs(margin - TIE) <= solution.error)),
+        ),
     )

@@ -1,0 +1,46 @@
+"""Millimetres and voxels: what an affine says of a grid."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuroi.errors import InvalidMapError
+
+
+def check_affine(affine: NDArray[np.float64] | None, name: str) -> NDArray[np.float64]:
+    """Return `affine` if it maps voxels to distinct places in mm; `name` is the image's."""
+    if affine is None or not np.isfinite(affine).all() or np.linalg.det(affine[:3, :3]) == 0:
+        raise InvalidMapError(
+            f"{name}: its affine is singular or not finite, so voxels have no size in mm:\n{affine}"
+        )
+    return affine
+
+
+def same_grid(
+    shape: Sequence[int],
+    affine: NDArray[np.float64],
+    other_shape: Sequence[int],
+    other_affine: NDArray[np.float64],
+) -> bool:
+    """Return whether two images have the same voxels (affines as close as `numpy.allclose`)."""
+    return tuple(shape[:3]) == tuple(other_shape[:3]) and np.allclose(affine, other_affine)
+
+
+def voxel_volume_mm3(affine: NDArray[np.float64]) -> float:
+    """Return the volume of one voxel."""
+    return float(np.abs(np.linalg.det(affine[:3, :3])))
+
+
+def sigma_voxels(
+    fwhm_mm: float | Sequence[float], affine: NDArray[np.float64]
+) -> tuple[float, float, float]:
+    """Return the standard deviation along each axis of a Gaussian, in voxels.
+
+    `fwhm_mm` is its full width at half maximum, one for all axes or one each.
+    """
+    voxel_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    x, y, z = np.broadcast_to(np.asarray(fwhm_mm, np.float64), 3) / (
+        np.sqrt(8 * np.log(2)) * voxel_mm
+    )
+    return float(x), float(y), float(z)
