@@ -139,4 +139,78 @@ def _against_nilearn(
     )
 
 
-CASES: dict[str, Callable[[bool], Iterator[Comparison]]] = {"components": components}
+def local_regions(tiny: bool = False) -> Iterator[Comparison]:
+    """Time threshold, seeds, random walker and size filter against nilearn."""
+    if tiny:
+        maps = sample_maps(tiny=True)
+        thresholds: dict[str, tuple[str, ...]] = {"3 mm": ("90%",)}
+    else:
+        maps = sample_maps(tiny=False)
+        thresholds = {"3 mm": ("97%", "90%", "80%"), "2 mm": ("97%", "95%", "90%", "80%")}
+    promised = {("3 mm", "97%"): 8.0, ("2 mm", "97%"): 8.0, ("2 mm", "90%"): 3.0}
+    for grid, img in maps.items():
+        for threshold in thresholds[grid]:
+            slow = (grid, threshold) in {("2 mm", "90%"), ("2 mm", "80%")}
+            yield _walkers(
+                grid, img, threshold, promised.get((grid, threshold), 1.0), 3 if slow else 11
+            )
+    if not tiny:
+        yield _one_mm(maps["3 mm"])
+
+
+def _walkers(
+    grid: str, img: nib.Nifti1Image, threshold: str, promised: float, repeats: int
+) -> Comparison:
+    def nilearn() -> Any:
+        return nilearn_connected_regions(nilearn_threshold_img(img, threshold), 1500)
+
+    def drop_in() -> Any:
+        return connected_regions(threshold_img(img, threshold, backend="cpu"), 1500, backend="cpu")
+
+    def native() -> Any:
+        regions = gpuroi.extract_regions(
+            img, threshold, method="local_regions", min_region_size=1500, backend="cpu"
+        )
+        return regions.labels, regions.table
+
+    def check(results: dict[str, Any]) -> None:
+        # Not the labels: nilearn's depend on its tolerance. tests/test_walker.py compares with
+        # direct solutions of the whole system.
+        assert results["gpuroi as nilearn"][0].shape[:3] == results["nilearn"][0].shape[:3]
+        assert len(results["gpuroi"][1]) > 0
+
+    return Comparison(
+        name=f"local_regions, {grid}, {threshold}",
+        parameters={"shape": list(img.shape), "threshold": threshold, "min_region_size_mm3": 1500},
+        contenders={"nilearn": nilearn, "gpuroi as nilearn": drop_in, "gpuroi": native},
+        check=check,
+        targets={"gpuroi as nilearn": promised},
+        repeats=repeats,
+    )
+
+
+def _one_mm(at_3mm: nib.Nifti1Image) -> Comparison:
+    """Return the case that must end within 4 GiB."""
+    affine = np.array([[-1.0, 0, 0, 90], [0, 1, 0, -126], [0, 0, 1, -72], [0, 0, 0, 1]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        at_1mm = resample_img(at_3mm, affine, (182, 218, 182))
+    img = nib.Nifti1Image(np.asanyarray(at_1mm.dataobj), at_1mm.affine)
+
+    def drop_in() -> Any:
+        return connected_regions(threshold_img(img, "97%", backend="cpu"), 1500, backend="cpu")
+
+    return Comparison(
+        name="local_regions, 1 mm, 97%",
+        parameters={"shape": [182, 218, 182], "threshold": "97%", "min_region_size_mm3": 1500},
+        contenders={"gpuroi as nilearn": drop_in},
+        check=lambda results: None,
+        measure_memory=True,
+        repeats=1,
+    )
+
+
+CASES: dict[str, Callable[[bool], Iterator[Comparison]]] = {
+    "components": components,
+    "local_regions": local_regions,
+}

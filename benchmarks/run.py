@@ -32,13 +32,19 @@ PACKAGES = ("gpuroi", "numpy", "scipy", "nibabel", "pandas", "nilearn", "connect
 def time_alternately(
     contenders: dict[str, Callable[[], Any]], repeats: int
 ) -> dict[str, list[float]]:
-    """Return seconds a call, the contenders taking turns so that noise hits all of them."""
+    """Return seconds a call, the contenders taking turns so that noise hits all of them.
+
+    Every other turn runs backwards, so that nobody always follows the same one: what a contender
+    leaves in caches and heap serves or hurts its neighbours on both sides.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
     gc.freeze()  # collections between the turns then look at young objects only
     gc.disable()
-    for _ in range(repeats):
-        for name, work in contenders.items():
+    names = list(contenders)
+    for turn in range(repeats):
+        for name in names if turn % 2 == 0 else reversed(names):
+            work = contenders[name]
             started = time.perf_counter()
             result = work()
             seconds[name].append(time.perf_counter() - started)

@@ -100,22 +100,28 @@ def percentile_scores(
         chosen = backend.xp.asarray(somebody)
         maps = maps[chosen]
         members = None if members is None else members[chosen]
-
-    # The float64 arithmetic of scoreatpercentile, in its order.
-    last = n_ranked[somebody] - 1
-    place = percentile / 100.0 * last
-    lower = place.astype(np.int64)
-    upper = np.minimum(lower + 1, last)
+    places = [percentile / 100.0 * (n - 1) for n in n_ranked[somebody].tolist()]
+    ranks = [(int(place), math.ceil(place)) for place in places]
     statistics = backend.order_statistics(
-        maps, np.stack([lower, upper], axis=1), absolute=tail != "positive", population=members
-    ).astype(np.float64)
-    lower_weight = (lower + 1) - place
-    upper_weight = place - lower
-    between = statistics[:, 0] * lower_weight + statistics[:, 1] * upper_weight
-    scores[somebody] = np.where(
-        place == lower, statistics[:, 0], between / (lower_weight + upper_weight)
+        maps, np.array(ranks), absolute=tail != "positive", population=members
     )
+    scores[somebody] = [
+        _between(lower, upper, place)
+        for (lower, upper), place in zip(statistics.tolist(), places, strict=True)
+    ]
     return scores, n_ranked
+
+
+def _between(lower: float, upper: float, place: float) -> float:
+    """Return the value at `place` among sorted ones, whose neighbours are `lower` and `upper`.
+
+    The arithmetic of `scipy.stats.scoreatpercentile`, operation by operation, in float64.
+    """
+    rank = int(place)
+    if rank == place:
+        return lower
+    lower_weight, upper_weight = (rank + 1) - place, place - rank
+    return (lower * lower_weight + upper * upper_weight) / (lower_weight + upper_weight)
 
 
 def _conditions(maps: Array, tail: Tail, nonzero_only: bool) -> Iterator[Array]:
