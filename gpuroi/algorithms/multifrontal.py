@@ -19,7 +19,7 @@ from scipy.linalg import blas, lapack
 from scipy.sparse import csc_array
 
 # Below this a part is eliminated as one dense block; smaller leaves cost more in overhead.
-_LEAF_VOXELS = 100
+_LEAF_VOXELS = 200
 
 # A cut may leave at most this share of a part on one side.
 _MOST_ON_ONE_SIDE = 0.7
@@ -167,14 +167,15 @@ def _eliminate(
 def _add(
     front: NDArray[np.float64], places: NDArray[np.int64], remainder: NDArray[np.float64]
 ) -> None:
-    """Add the lower triangle of `remainder` to the ascending `places` of `front`."""
+    """Add the lower triangle of `remainder` to the ascending `places` of `front`.
+
+    Places come in stretches, because neighbours are eliminated together: each stretch of rows goes
+    at once, which NumPy copies row by row and not entry by entry.
+    """
     starts = np.concatenate([[0], np.flatnonzero(np.diff(places) != 1) + 1])
-    stops = np.concatenate([starts[1:], [places.size]])
-    if starts.size**2 * 600 > places.size**2:  # stretches too short to be worth a slice each
-        front[np.ix_(places, places)] += remainder
-        return
-    stretches = list(zip(places[starts].tolist(), starts.tolist(), stops.tolist(), strict=True))
-    for i, (column, first, last) in enumerate(stretches):
-        columns = front[:, column : column + last - first]
-        for row, top, bottom in stretches[i:]:
-            columns[row : row + bottom - top] += remainder[top:bottom, first:last]
+    stops = np.append(starts[1:], places.size)
+    columns, addend = front.T, remainder.T  # rows of these are contiguous
+    for row, start, stop in zip(
+        places[starts].tolist(), starts.tolist(), stops.tolist(), strict=True
+    ):
+        columns[places[:stop], row : row + stop - start] += addend[:stop, start:stop]

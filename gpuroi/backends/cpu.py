@@ -24,6 +24,9 @@ except ImportError:
 
 _SLAB = 16
 
+# Standard deviations at which scipy.ndimage cuts a Gaussian off.
+_TRUNCATE = 4.0
+
 
 def load() -> "CpuBackend":
     """Return the CPU backend, which can run everywhere."""
@@ -122,20 +125,26 @@ class CpuBackend:
 
     def smooth(self, maps: FloatArray, sigma_voxels: tuple[float, float, float]) -> FloatArray:
         """See `gpuroi.backends.Backend.smooth`."""
-        smoothed = maps.copy()
-        for volume in smoothed:
+        smoothed = np.zeros(maps.shape, maps.dtype)
+        for volume, out in zip(maps, smoothed, strict=True):
+            box = _reach(volume, sigma_voxels)
+            inside = volume[box]
             for axis, sigma in enumerate(sigma_voxels):
                 if sigma > 0:
-                    ndimage.gaussian_filter1d(volume, sigma, axis=axis, output=volume)
+                    inside = ndimage.gaussian_filter1d(inside, sigma, axis=axis)
+            out[box] = inside
         return smoothed
 
     def local_maxima(
         self, maps: FloatArray, distance: int, floors: FloatArray
     ) -> NDArray[np.int32]:
         """See `gpuroi.backends.Backend.local_maxima`."""
-        seeds = np.empty(maps.shape, np.int32)
-        for b, volume in enumerate(maps):
-            ndimage.label(_window_maxima(volume, distance, floors[b]), output=seeds[b])
+        seeds = np.zeros(maps.shape, np.int32)
+        for volume, floor, out in zip(maps, floors, seeds, strict=True):
+            is_maximum = _window_maxima(volume, distance, floor)
+            maxima = np.flatnonzero(is_maximum)
+            plateau, n_plateaus = label_runs(is_maximum.view(np.uint8), maxima, 6)
+            out.ravel()[maxima] = number_by_first_voxel(maxima, plateau, n_plateaus, 1).label
         return seeds
 
 
@@ -167,13 +176,31 @@ def _signs(volume: FloatArray, cutoff: np.floating, tail: Tail) -> NDArray[np.ui
     return signs.view(np.uint8)
 
 
+def _reach(
+    volume: FloatArray, sigma_voxels: tuple[float, float, float]
+) -> tuple[slice, slice, slice]:
+    """Return the box beyond which a smoothed `volume` is zero.
+
+    A filter in the box reads only zeros beyond it, as in the whole volume: the bits are the same.
+    """
+    nonzero = volume != 0
+    box = []
+    for axis, sigma in enumerate(sigma_voxels):
+        others = tuple(other for other in range(3) if other != axis)
+        planes = np.flatnonzero(nonzero.any(axis=others))
+        radius = int(_TRUNCATE * sigma + 0.5)
+        first, last = (planes[0], planes[-1]) if planes.size else (0, 0)
+        box.append(slice(max(0, first - radius), last + radius + 1))
+    return box[0], box[1], box[2]
+
+
 def _window_maxima(volume: FloatArray, distance: int, floor: np.floating) -> NDArray[np.bool_]:
     """Return where `volume` exceeds `floor` and is the maximum within `distance` voxels.
 
     A maximum of the window is one of its six-neighbourhood too, which few voxels are: those are
     found with cheap comparisons, and only for them is the whole window looked at.
     """
-    candidate = volume > floor
+    candidate = np.ascontiguousarray(volume > floor)
     if distance > 0:
         for axis in range(3):
             lower = np.moveaxis(volume, axis, 0)[:-1]
