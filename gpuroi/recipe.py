@@ -78,8 +78,8 @@ def make_recipe(
         mask_img=mask_img,
         method=check_choice("method", method, METHODS),
         connectivity=check_choice("connectivity", connectivity, CONNECTIVITIES),
-        min_region_size_mm3=_at_least_zero("min_region_size", min_region_size, "mm^3"),
-        smoothing_fwhm_mm=_at_least_zero("smoothing_fwhm", smoothing_fwhm, "mm"),
+        min_region_size_mm3=at_least_zero("min_region_size", min_region_size, "mm^3"),
+        smoothing_fwhm_mm=at_least_zero("smoothing_fwhm", smoothing_fwhm, "mm"),
         seed_distance_voxels=_voxels("seed_distance", seed_distance),
         resample_mask=resample_mask,
     )
@@ -113,7 +113,8 @@ def _voxels(parameter: str, value: int) -> int:
     return int(value)
 
 
-def _at_least_zero(parameter: str, value: float, unit: str) -> float:
+def at_least_zero(parameter: str, value: float, unit: str) -> float:
+    """Return `value` if it is a finite number >= 0; `parameter` and `unit` are for messages."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{parameter}={value!r} is a {type(value).__name__}; pass {unit} >= 0.")
     if not (math.isfinite(value) and value >= 0):

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from gpuroi.arrays import check_choice
 from gpuroi.backends import Backend, LabelledVoxels, get_backend
 from gpuroi.masks import load_mask
 from gpuroi.niimg import load_images, voxels
-from gpuroi.recipe import METHODS
+from gpuroi.recipe import METHODS, at_least_zero
 from gpuroi.space import sigma_voxels, voxel_volume_mm3
 from gpuroi.stack import stack_image
 from gpuroi.types import ImageLike
@@ -34,7 +34,7 @@ def connected_regions(
     maps_img: ImageLike | Iterable[ImageLike],
     min_region_size: float = 1350,
     extract_type: str = "local_regions",
-    smoothing_fwhm: float | Sequence[float] | None = 6,
+    smoothing_fwhm: float | None = 6,
     mask_img: ImageLike | None = None,
     *,
     backend: str | Backend = "auto",
@@ -55,8 +55,8 @@ def connected_regions(
         ``"local_regions"`` finds maxima of the smoothed map and lets them compete for the voxels
         by a random walker, solved exactly (nilearn stops at a relative residual of 0.001, which
         leaves voxels with the wrong label: see ``docs/deviations.md``).
-    smoothing_fwhm : float, three of them, or None
-        In mm; for ``"local_regions"`` only.
+    smoothing_fwhm : float or None
+        In mm, None and 0 do not smooth; for ``"local_regions"`` only.
     mask_img : path or image, optional
         Voxels outside are background; resampled (nearest) to the grid of the maps.
     backend : {"auto", "cpu", "cuda"} or Backend
@@ -106,7 +106,8 @@ def connected_regions(
     if extract_type == "connected_components":
         find = partial(_components, chosen, min_voxels=min_voxels)
     else:
-        sigma = sigma_voxels(_fwhm_mm(smoothing_fwhm), image.affine)
+        fwhm_mm = at_least_zero("smoothing_fwhm", smoothing_fwhm or 0.0, "mm")
+        sigma = sigma_voxels(fwhm_mm, image.affine)
         name = io.describe(image)
         find = partial(_local_regions, chosen, sigma=sigma, min_voxels=min_voxels, name=name)
     parts = list(_in_batches(chosen, maps, inside, find))
@@ -175,15 +176,3 @@ def _local_regions(
         walk = foreground.walk()
         warn_of_undecided(name, walk.confidence)
         yield large_in_seed_order(foreground.index, walk.label, min_voxels)
-
-
-def _fwhm_mm(smoothing_fwhm: float | Sequence[float] | None) -> tuple[float, ...]:
-    """Return one width for all axes, or three; None is no smoothing."""
-    widths = np.atleast_1d(np.asarray(0.0 if smoothing_fwhm is None else smoothing_fwhm))
-    if widths.dtype.kind not in "fiu" or widths.size not in (1, 3):
-        raise TypeError(
-            f"smoothing_fwhm={smoothing_fwhm!r} is no width; pass mm, three of them, or None."
-        )
-    if not (np.isfinite(widths).all() and (widths >= 0).all()):
-        raise ValueError(f"smoothing_fwhm={smoothing_fwhm!r} is not finite and >= 0 (in mm).")
-    return tuple(widths.astype(np.float64).tolist())

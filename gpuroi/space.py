@@ -32,15 +32,11 @@ def voxel_volume_mm3(affine: NDArray[np.float64]) -> float:
     return float(np.abs(np.linalg.det(affine[:3, :3])))
 
 
-def sigma_voxels(
-    fwhm_mm: float | Sequence[float], affine: NDArray[np.float64]
-) -> tuple[float, float, float]:
-    """Return the standard deviation along each axis of a Gaussian, in voxels.
+def sigma_voxels(fwhm_mm: float, affine: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Return the standard deviation along each axis, in voxels, of a Gaussian.
 
-    `fwhm_mm` is its full width at half maximum, one for all axes or one each.
+    `fwhm_mm` is its full width at half maximum.
     """
     voxel_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    x, y, z = np.broadcast_to(np.asarray(fwhm_mm, np.float64), 3) / (
-        np.sqrt(8 * np.log(2)) * voxel_mm
-    )
+    x, y, z = fwhm_mm / (np.sqrt(8 * np.log(2)) * voxel_mm)
     return float(x), float(y), float(z)
