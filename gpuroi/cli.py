@@ -84,6 +84,12 @@ def extract(
         str,
         typer.Option(help="connected_components, or local_regions (maxima and a random walker)."),
     ] = "connected_components",
+    smoothing_fwhm: Annotated[
+        float, typer.Option(help="local_regions: smoothing before seeds are found, in mm.")
+    ] = 6.0,
+    seed_distance: Annotated[
+        int, typer.Option(help="local_regions: reach of the window of a seed, in voxels.")
+    ] = 10,
     connectivity: Annotated[
         int,
         typer.Option(help="Neighbours that join: 6 (by faces), 18 (edges too), 26 (corners too)."),
@@ -141,6 +147,8 @@ def extract(
             method=method,
             connectivity=connectivity,
             min_region_size=min_region_size,
+            smoothing_fwhm=smoothing_fwhm,
+            seed_distance=seed_distance,
             resample_mask=resample_mask,
         )
         chosen = get_backend(backend)
@@ -156,6 +164,9 @@ def extract(
                 failed += 1
                 named = str(error) if str(source) in str(error) else f"{source}: {error}"
                 _say(errors, "failed", named, "bold red")
+            except RuntimeError as error:  # the device is lost; no other map would fare better
+                _say(errors, "error", f"{source}: {error}; nothing more was done.", "bold red")
+                raise typer.Exit(1) from error
             else:
                 few = max(len(sources), len(results)) <= _MOST_TABLES
                 for regions, path in results:

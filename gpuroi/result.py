@@ -140,7 +140,7 @@ class Regions:
         from gpuroi import io
 
         paths = {
-            kind: Path(f"{prefix}{extension}")
+            kind: Path(f"{prefix}{extension}").expanduser()
             for kind, extension in (
                 ("labels", ".nii.gz"),
                 ("table", ".tsv"),

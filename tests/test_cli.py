@@ -343,7 +343,35 @@ class TestSaid:
         assert "━" not in alone.stderr
 
 
+def test_local_regions_takes_its_own_parameters():
+    rng = np.random.default_rng(0)
+    path = write_map("noise.nii", rng.standard_normal((12, 13, 14)).astype(np.float32))
+    counts = []
+    for distance in (1, 12):
+        result = run(
+            *("extract", path, "--method", "local_regions", "--threshold", "60%"),
+            *("--min-region-size", 0, "--smoothing-fwhm", 0, "--seed-distance", distance),
+        )
+        assert result.exit_code == 0
+        sidecar = json.loads(Path("regions-out/noise_desc-regions_dseg.json").read_text())
+        assert sidecar["parameters"]["seed_distance_voxels"] == distance
+        assert sidecar["random_walker"]["n_undecided"] == 0
+        counts.append(sidecar["regions"])
+    assert counts[0] > counts[1]
+
+
 class TestFailures:
+    def test_a_lost_device_stops_the_run(self, monkeypatch):
+        def lost(*arguments):
+            raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access")
+
+        monkeypatch.setattr("gpuroi.pipeline.extract_maps", lost)
+        result = run("extract", write_map("a.nii"), write_map("b.nii"), "-o", "out")
+        assert result.exit_code == 1
+        assert "error: a.nii: cudaErrorIllegalAddress" in result.stderr
+        assert "b.nii" not in result.stderr
+        assert written() == []
+
     def test_a_bad_map_does_not_stop_the_others(self):
         names = [write_map("a.nii"), "bad.nii.gz", "missing.nii", write_map("z.nii.gz")]
         Path("bad.nii.gz").write_bytes(Path("z.nii.gz").read_bytes()[:-20])

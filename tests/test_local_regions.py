@@ -190,6 +190,8 @@ def test_sides_are_numbered_together_by_first_voxel():
         return Foreground(voxels, np.ones(voxels.size), np.array(seeds, np.int32), (1, 1, 12))
 
     contest = Contest((side([3, 4, 8, 9], [1, 0, 2, 0]), side([0, 1, 6, 11], [2, 0, 0, 1])))
+    found, _ = contest.settle(min_voxels=0)  # seed 1 of the other side is alone, and dropped
+    assert found.n_regions == 3
     found, confidence = contest.settle(min_voxels=2)
     assert found.index.tolist() == [0, 1, 3, 4, 8, 9]
     assert found.label.tolist() == [1, 1, 2, 2, 3, 3]

@@ -104,7 +104,7 @@ def large_in_seed_order(
     `index` holds flat indices in C order, `label` the seed of each, 0 for none.
     """
     sizes = np.bincount(label, minlength=1)
-    is_large = sizes >= min_voxels
+    is_large = sizes >= max(1, min_voxels)  # seeds that were dropped have no voxel
     is_large[0] = False
     numbers = np.cumsum(is_large, dtype=np.int32)
     kept = is_large[label]

@@ -17,7 +17,7 @@ def number_by_first_voxel(
     `index` holds flat indices in C order, ascending; `region` a number 0..n_regions-1 for each.
     """
     sizes = np.bincount(region, minlength=n_regions)
-    large = np.flatnonzero(sizes >= min_voxels)
+    large = np.flatnonzero(sizes >= max(1, min_voxels))  # some numbers may have no voxel
     first_voxel = np.empty(n_regions, np.int64)
     first_voxel[region[::-1]] = index[::-1]  # the last assignment wins
     label_of = np.zeros(n_regions, np.int32)
