@@ -11,7 +11,9 @@ from scipy import ndimage, sparse
 from scipy.sparse.linalg import splu
 from threadpoolctl import threadpool_limits
 
+import gpuroi
 from gpuroi.algorithms import dirichlet
+from gpuroi.algorithms.checkerboard import CheckerboardLU
 from gpuroi.algorithms.dirichlet import DirichletProblem
 from gpuroi.algorithms.local_regions import find_seeds
 from gpuroi.algorithms.multifrontal import MultifrontalCholesky
@@ -161,6 +163,23 @@ def random_walk_of(volume):
     return as_volume(foreground, foreground.walk().label)
 
 
+def cube_on_arms(n):
+    """Return a plateau of n^3 voxels between two arms of three voxels, too steep to step on."""
+    volume = np.zeros((n + 6, n, n))
+    volume[3:-3] = 1000.0
+    volume[:3, 0, 0] = volume[-3:, 0, 0] = 1.0
+    return volume
+
+
+def walk_to_a_cube(n):
+    """Let the two ends of the arms compete for the cube; by symmetry, nobody wins."""
+    volume = cube_on_arms(n)
+    seeds = np.zeros(volume.shape, np.int32)
+    seeds[0, 0, 0], seeds[-1, 0, 0] = 1, 2
+    index = np.flatnonzero(volume)
+    return random_walk(index, volume.ravel()[index], seeds.ravel()[index], volume.shape)
+
+
 class TestRules:
     def walk(self, values, seeds):
         volume, seeds = np.asarray(values, np.float64), np.asarray(seeds, np.int32)
@@ -172,6 +191,31 @@ class TestRules:
 
     def test_a_tie_goes_to_the_lowest_label(self):
         assert self.walk([[[2, 2, 2, 2, 2]]], [[[2, 0, 0, 0, 1]]]).tolist() == [[[2, 2, 1, 1, 1]]]
+
+    @pytest.mark.parametrize("n", [6, 14, 20])
+    def test_a_plateau_on_two_weak_arms_is_a_tie(self, n):
+        """The worst condition there is: a cube that hangs on its seeds by edges of 1e-10."""
+        walk = walk_to_a_cube(n)
+        assert walk.confidence.n_undecided == 0
+        assert walk.confidence.error <= 1e-10
+        assert np.bincount(walk.label).tolist() == [0, n**3 + 3, 3]
+
+    def test_undecided_voxels_are_counted(self, monkeypatch):
+        monkeypatch.setattr(dirichlet, "_MOST_REFINEMENTS", 1)
+        confidence = walk_to_a_cube(14).confidence
+        assert confidence.error > 1e-6
+        assert confidence.n_undecided >= 14**3
+
+    def test_undecided_voxels_are_warned_of_at_the_door(self, monkeypatch):
+        monkeypatch.setattr(dirichlet, "_MOST_REFINEMENTS", 1)
+        volume = cube_on_arms(14)
+        volume[0, 0, 0] = volume[-1, 0, 0] = 2000.0  # the only maxima in a window this wide
+        image = nib.Nifti1Image(volume, np.eye(4))
+        with pytest.warns(UserWarning, match="voxels lie between two regions more closely"):
+            regions = gpuroi.extract_regions(
+                image, 0.5, method="local_regions", smoothing_fwhm=0, seed_distance=30
+            )
+        assert regions.provenance["random_walker"]["n_undecided"] >= 14**3
 
     def test_components_without_a_seed_or_of_seeds_only_are_dropped(self):
         labels = self.walk([[[2, 3, 0, 4, 0, 5, 5]]], [[[1, 0, 0, 2, 0, 0, 0]]])
@@ -199,7 +243,7 @@ class TestRules:
 
 
 class TestDirichletProblem:
-    @pytest.mark.parametrize("solver", ["SuperLU", "multifrontal"])
+    @pytest.mark.parametrize("solver", ["checkerboard", "multifrontal"])
     def test_a_chain_of_steep_steps_to_nine_digits(self, monkeypatch, solver):
         """Between two seeds the probability falls as the resistance grows: known exactly."""
         if solver == "multifrontal":
@@ -224,35 +268,40 @@ class TestDirichletProblem:
         np.testing.assert_allclose(solution.probabilities.sum(axis=1), 1, rtol=0, atol=1e-15)
         assert solution.error < 1e-6
 
+    @pytest.mark.parametrize("solver", [MultifrontalCholesky, CheckerboardLU])
     @pytest.mark.parametrize(
-        "shape", [(1, 1, 1), (1, 1, 40), (3, 50, 2), (9, 10, 11), (14, 14, 14)]
+        "shape",
+        [(1, 1, 1), (2, 1, 1), (1, 1, 40), (700, 1, 1), (3, 50, 2), (9, 10, 11), (14, 14, 14)],
     )
-    def test_multifrontal_solves_what_superlu_solves(self, shape):
+    def test_factorisations_solve_what_scipy_solves(self, shape, solver):
         rng = np.random.default_rng(0)
-        voxels = np.flatnonzero(rng.random(np.prod(shape)) < 0.9) if np.prod(shape) > 1 else [0]
+        # Some voxels are missing, so that parts fall apart and cuts are empty.
+        voxels = np.flatnonzero((rng.random(shape) < 0.8).ravel() | (np.prod(shape) < 3))
         place = np.full(np.prod(shape), -1)
-        place[voxels] = np.arange(len(voxels))
+        place[voxels] = np.arange(voxels.size)
         place = place.reshape(shape)
-        matrix = sparse.lil_array((len(voxels),) * 2)
+        pairs = []
         for axis in range(3):
-            lower, upper = (
+            ends = [
                 np.moveaxis(place, axis, 0)[part].ravel() for part in (slice(-1), slice(1, None))
-            )
-            both = (lower >= 0) & (upper >= 0)
-            matrix[lower[both], upper[both]] = -rng.random(np.count_nonzero(both))
-        matrix = matrix.tocsr()
-        matrix = matrix + matrix.T
-        matrix = (matrix + sparse.diags_array(0.1 - matrix.sum(axis=1))).tocsc()
-        coordinates = np.stack(np.unravel_index(voxels, shape), axis=1)
-        right = rng.standard_normal((len(voxels), 3))
-        x = MultifrontalCholesky(matrix, coordinates).solve(right)
+            ]
+            pairs.append(np.stack(ends)[:, (ends[0] >= 0) & (ends[1] >= 0)])
+        edges = np.concatenate(pairs, axis=1)
+        weights = rng.random(edges.shape[1])
+        graph = sparse.coo_array((weights, edges), shape=(voxels.size,) * 2).tocsr()
+        graph = graph + graph.T
+        degree = 0.1 + graph.sum(axis=1)
+        coordinates = np.stack(np.unravel_index(voxels, shape), axis=1) + 3
+        right = rng.standard_normal((voxels.size, 3))
+        x = solver(edges, weights, degree, coordinates).solve(right)
+        expected = splu((sparse.diags_array(degree) - graph).tocsc()).solve(right)
         # Well conditioned: the two agree but for rounding.
-        np.testing.assert_allclose(x, splu(matrix).solve(right), rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(x, expected, rtol=1e-10, atol=1e-10)
 
     def test_a_matrix_that_is_not_positive_definite_is_refused(self):
-        matrix = sparse.csc_array(-np.eye(2))
+        no_edges = np.zeros((2, 0), int), np.zeros(0)
         with pytest.raises(np.linalg.LinAlgError, match="not positive definite"):
-            MultifrontalCholesky(matrix, np.zeros((2, 3), int))
+            MultifrontalCholesky(*no_edges, -np.ones(2), np.arange(6).reshape(2, 3))
 
     def test_large_and_compact_problems_get_the_same_labels_from_either_solver(self, monkeypatch):
         volume = thresholded(noise(3, (48, 48, 48)), 60)

@@ -43,31 +43,53 @@ class _Block:
     below: NDArray[np.float64]
 
 
+class _Remainder(NamedTuple):
+    """What an elimination leaves: a dense matrix on the rows around it."""
+
+    rows: NDArray[np.int64]
+    matrix: NDArray[np.float64]
+
+
 class MultifrontalCholesky:
-    """Factorisation of a symmetric positive definite matrix whose graph is a 6-connected grid.
+    """Factorisation of ``diag(degree) - weights``, positive definite, on a 6-connected grid.
 
     Parameters
     ----------
-    matrix : sparse array (n, n) float64
-        Non-zero only between voxels that share a face.
+    edges : int64 array (2, e)
+        Pairs of unknowns whose voxels share a face.
+    weights : float64 array (e,)
+        Minus the entries off the diagonal.
+    degree : float64 array (n,)
+        The diagonal.
     coordinates : integer array (n, 3)
         The voxel of each unknown.
     """
 
-    def __init__(self, matrix: csc_array, coordinates: NDArray[np.int64]) -> None:
-        parts = _dissect(coordinates)
+    def __init__(
+        self,
+        edges: NDArray[np.int64],
+        weights: NDArray[np.float64],
+        degree: NDArray[np.float64],
+        coordinates: NDArray[np.int64],
+    ) -> None:
+        parts = _Dissection(coordinates).parts
         self._order = np.concatenate([part.unknowns for part in parts])
-        ordered = matrix[self._order][:, self._order].tocsc()
-        ordered.sort_indices()
+        place = np.empty(self._order.size, np.int64)
+        place[self._order] = np.arange(self._order.size)
+        row, column = np.sort(place[edges], axis=0)[::-1]  # the lower triangle
+        lower = csc_array((-weights, (row, column)), shape=(degree.size,) * 2)
+        lower.sort_indices()
+        diagonal = degree[self._order]
+
         self._blocks: list[_Block] = []
-        remainders: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+        remainders: dict[int, _Remainder] = {}
         begin = 0
         for number, part in enumerate(parts):
             end = begin + part.unknowns.size
             inner = [remainders.pop(child) for child in part.inner]
-            block, remainder = _eliminate(ordered, begin, end, inner)
-            self._blocks.append(block)
-            remainders[number] = (block.rows, remainder)
+            block, remainders[number] = _eliminate(lower, diagonal, begin, end, inner)
+            if block is not None:
+                self._blocks.append(block)
             begin = end
 
     def solve(self, right_sides: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -85,65 +107,85 @@ class MultifrontalCholesky:
         return solutions
 
 
-def _dissect(coordinates: NDArray[np.int64]) -> list[_Part]:
-    """Return the parts of nested dissection in the order of elimination, inner before outer."""
-    parts: list[_Part] = []
+class _Dissection:
+    """Nested dissection by planes: `parts` in the order of elimination, inner before outer.
 
-    def visit(unknowns: NDArray[np.int64]) -> int:
+    A plane is cut by those of its voxels alone that have a neighbour on its other side.
+    """
+
+    def __init__(self, coordinates: NDArray[np.int64]) -> None:
+        self.parts: list[_Part] = []
+        self._coordinates = coordinates - coordinates.min(axis=0, initial=np.iinfo(np.int64).max)
+        self._ahead = _next_along_axes(self._coordinates)
+        self._part_of = np.full(len(coordinates) + 1, -1)  # the last one is nobody's
+        self._visit(np.arange(len(coordinates)), depth=0)
+
+    def _visit(self, unknowns: NDArray[np.int64], depth: int) -> int:
+        """Append the parts of `unknowns`; return the last one's place in `parts`."""
         inner: list[int] = []
-        cut = None
         if unknowns.size > _LEAF_VOXELS:
-            cut = _best_cut(coordinates[unknowns])
-        if cut is not None:
-            axis, plane = cut
-            position = coordinates[unknowns, axis]
-            for side in (position < plane, position > plane):
-                if side.any():
-                    inner.append(visit(unknowns[side]))
-            unknowns = unknowns[position == plane]
-        parts.append(_Part(unknowns, tuple(inner)))
-        return len(parts) - 1
+            # Sets of one depth never touch: the depth tells neighbours in this set from all others.
+            self._part_of[unknowns] = depth
+            lower, cut, upper = self._cut(unknowns, depth)
+            if cut.size < unknowns.size:
+                sides = [side for side in (lower, upper) if side.size]
+                inner = [self._visit(side, depth + 1) for side in sides]
+                unknowns = cut
+        self.parts.append(_Part(unknowns, tuple(inner)))
+        return len(self.parts) - 1
 
-    visit(np.arange(len(coordinates)))
-    return parts
+    def _cut(
+        self, unknowns: NDArray[np.int64], depth: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the unknowns below, on and above the smallest cut into sides of similar size."""
+        n = unknowns.size
+        best_cost, best = np.inf, (unknowns[:0], unknowns, unknowns[:0])
+        for axis in range(3):
+            plane = self._coordinates[unknowns, axis]
+            plane -= plane.min()
+            crosses = self._part_of[self._ahead[axis, unknowns]] == depth
+            in_plane = np.bincount(plane)[:-1]
+            if in_plane.size == 0:
+                continue
+            on_cut = np.bincount(plane[crosses], minlength=in_plane.size)
+            below = np.cumsum(in_plane) - on_cut
+            larger_side = np.maximum(below, n - below - on_cut)
+            # Balance comes first; among balanced cuts the smallest leaves the smallest remainder.
+            cost = np.where(larger_side > _MOST_ON_ONE_SIDE * n, n + larger_side, on_cut)
+            position = int(np.argmin(cost))
+            if cost[position] < best_cost:
+                is_cut = (plane == position) & crosses
+                sides = (plane <= position) & ~is_cut, is_cut, plane > position
+                best_cost = cost[position]
+                best = unknowns[sides[0]], unknowns[sides[1]], unknowns[sides[2]]
+        return best
 
 
-def _best_cut(coordinates: NDArray[np.int64]) -> tuple[int, int] | None:
-    """Return axis and position of the emptiest plane that leaves two sides of similar size."""
+def _next_along_axes(coordinates: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each axis ``(3, n)`` the unknown one voxel ahead, or n where there is none."""
     n = len(coordinates)
-    best: tuple[float, int, int] | None = None
-    for axis in range(3):
-        first = int(coordinates[:, axis].min())
-        in_plane = np.bincount(coordinates[:, axis] - first)
-        if in_plane.size < 3:
-            continue
-        before = np.cumsum(in_plane) - in_plane
-        larger_side = np.maximum(before, n - before - in_plane)
-        # Balance comes first; among balanced planes the emptiest leaves the smallest remainder.
-        cost = np.where(larger_side > _MOST_ON_ONE_SIDE * n, n + larger_side, in_plane)
-        plane = int(np.argmin(cost))
-        if best is None or cost[plane] < best[0]:
-            best = (float(cost[plane]), axis, first + plane)
-    return None if best is None else best[1:]
+    shape = coordinates.max(axis=0, initial=0) + 2
+    unknown_at = np.full(shape, n)
+    unknown_at[tuple(coordinates.T)] = np.arange(n)
+    return np.stack([unknown_at[tuple((coordinates + step).T)] for step in np.eye(3, dtype=int)])
 
 
 def _eliminate(
-    matrix: csc_array,
+    lower: csc_array,
+    diagonal: NDArray[np.float64],
     begin: int,
     end: int,
-    inner: list[tuple[NDArray[np.int64], NDArray[np.float64]]],
-) -> tuple[_Block, NDArray[np.float64]]:
-    """Eliminate columns ``begin:end``; return them, and the dense matrix left on their rows.
+    inner: list[_Remainder],
+) -> tuple[_Block | None, _Remainder]:
+    """Eliminate columns ``begin:end`` of a matrix given by its lower triangle and its diagonal.
 
     Only the lower triangles of dense matrices are meaningful.
     """
     n_own = end - begin
-    entries = slice(matrix.indptr[begin], matrix.indptr[end])
-    row = matrix.indices[entries]
-    column = np.repeat(np.arange(n_own), np.diff(matrix.indptr[begin : end + 1]))
-    lower = row >= begin  # rows before are eliminated already
-    row, column, value = row[lower], column[lower], matrix.data[entries][lower]
-    around = [row, *(rows for rows, _ in inner)]
+    entries = slice(lower.indptr[begin], lower.indptr[end])
+    row, value = lower.indices[entries], lower.data[entries]
+    column = np.repeat(np.arange(n_own), np.diff(lower.indptr[begin : end + 1]))
+    around = [row, *(remainder.rows for remainder in inner)]
     rows = np.unique(np.concatenate([part[part >= end] for part in around]))
 
     def place(unknowns: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -151,17 +193,22 @@ def _eliminate(
 
     front = np.zeros((n_own + rows.size,) * 2, order="F")
     front[place(row), column] = value
-    for inner_rows, remainder in inner:
-        _add(front, place(inner_rows), remainder)
+    front[np.arange(n_own), np.arange(n_own)] = diagonal[begin:end]
+    for remainder in inner:
+        if remainder.rows.size == 0:
+            continue
+        _add(front, place(remainder.rows), remainder.matrix)
+    if n_own == 0:  # the cut between parts that do not touch
+        return None, _Remainder(rows, front)
 
     triangle, failed = lapack.dpotrf(front[:n_own, :n_own], lower=1, clean=1)
     if failed:
         raise np.linalg.LinAlgError("the matrix is not positive definite")
-    if rows.size == 0:
-        return _Block(begin, end, rows, triangle, np.zeros((0, n_own))), front[n_own:, n_own:]
-    below = blas.dtrsm(1.0, triangle, front[n_own:, :n_own], side=1, lower=1, trans_a=1)
-    remainder = blas.dsyrk(-1.0, below, beta=1.0, c=front[n_own:, n_own:], lower=1)
-    return _Block(begin, end, rows, triangle, below), remainder
+    below, rest = np.zeros((0, n_own)), front[n_own:, n_own:]
+    if rows.size:
+        below = blas.dtrsm(1.0, triangle, front[n_own:, :n_own], side=1, lower=1, trans_a=1)
+        rest = blas.dsyrk(-1.0, below, beta=1.0, c=rest, lower=1)
+    return _Block(begin, end, rows, triangle, below), _Remainder(rows, rest)
 
 
 def _add(

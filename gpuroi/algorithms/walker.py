@@ -200,6 +200,6 @@ def _solve(
             solution.residual,
             solution.error,
             float(margin.min()),
-            int(np.count_nonzero(np.abs(margin - TIE) <= solution.error)),
+            int(np.count_nonzero(np.abs(margin - TIE) <= 2 * solution.error)),
         ),
     )

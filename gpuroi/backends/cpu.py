@@ -141,9 +141,10 @@ class CpuBackend:
         """See `gpuroi.backends.Backend.local_maxima`."""
         seeds = np.zeros(maps.shape, np.int32)
         for volume, floor, out in zip(maps, floors, seeds, strict=True):
-            is_maximum = _window_maxima(volume, distance, floor)
-            maxima = np.flatnonzero(is_maximum)
-            plateau, n_plateaus = label_runs(is_maximum.view(np.uint8), maxima, 6)
+            maxima = _window_maxima(volume, distance, floor)
+            is_maximum = np.zeros(volume.shape, np.uint8)
+            is_maximum.ravel()[maxima] = 1
+            plateau, n_plateaus = label_runs(is_maximum, maxima, 6)
             out.ravel()[maxima] = number_by_first_voxel(maxima, plateau, n_plateaus, 1).label
         return seeds
 
@@ -194,21 +195,28 @@ def _reach(
     return box[0], box[1], box[2]
 
 
-def _window_maxima(volume: FloatArray, distance: int, floor: np.floating) -> NDArray[np.bool_]:
-    """Return where `volume` exceeds `floor` and is the maximum within `distance` voxels.
+def _window_maxima(volume: FloatArray, distance: int, floor: np.floating) -> NDArray[np.int64]:
+    """Return the flat indices, ascending, of the maxima above `floor` within `distance` voxels.
 
-    A maximum of the window is one of its six-neighbourhood too, which few voxels are: those are
-    found with cheap comparisons, and only for them is the whole window looked at.
+    The volume is divided into blocks so small that a voxel's window holds its own and the 26 around
+    it. Few voxels are the maximum of these, and only theirs is the whole window looked at.
     """
-    candidate = np.ascontiguousarray(volume > floor)
-    if distance > 0:
-        for axis in range(3):
-            lower = np.moveaxis(volume, axis, 0)[:-1]
-            upper = np.moveaxis(volume, axis, 0)[1:]
-            np.moveaxis(candidate, axis, 0)[:-1] &= lower >= upper
-            np.moveaxis(candidate, axis, 0)[1:] &= upper >= lower
-    for voxel in np.argwhere(candidate):
-        window = tuple(slice(max(0, i - distance), i + distance + 1) for i in voxel)
-        if volume[tuple(voxel)] < volume[window].max():
-            candidate[tuple(voxel)] = False
-    return candidate
+    index = np.flatnonzero(volume > floor)
+    if distance == 0 or index.size == 0:
+        return index
+    voxels = np.stack(np.unravel_index(index, volume.shape))
+    heights = volume[tuple(voxels)]
+    side = (distance + 1) // 2
+    grid = tuple(-(-n // side) for n in volume.shape)
+    block = np.ravel_multi_index(tuple(voxels // side), grid)
+    highest = np.full(grid, floor)
+    np.maximum.at(highest.ravel(), block, heights)
+    highest = ndimage.maximum_filter(highest, 3, mode="nearest")
+    candidates = np.flatnonzero(heights >= highest.ravel()[block])
+    is_maximum = [
+        heights[candidate]
+        >= volume[tuple(slice(max(0, i - distance), i + distance + 1) for i in voxel)].max()
+        for candidate, voxel in zip(candidates, voxels.T[candidates].tolist(), strict=True)
+    ]
+    maxima: NDArray[np.int64] = index[candidates[np.array(is_maximum, bool)]]
+    return maxima
