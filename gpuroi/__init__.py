@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpuroi import arrays, datasets, errors, image, regions, testing
+    from gpuroi import arrays, datasets, errors, image, regions
     from gpuroi.backends import available_backends, get_backend
     from gpuroi.extract import extract_regions
     from gpuroi.result import Regions
@@ -22,7 +22,7 @@ _HOME = {
     "extract_regions": "gpuroi.extract",
     "get_backend": "gpuroi.backends",
 }
-_SUBMODULES = ("arrays", "datasets", "errors", "image", "regions", "testing")
+_SUBMODULES = ("arrays", "datasets", "errors", "image", "regions")
 
 __all__ = [
     "Regions",
@@ -35,7 +35,6 @@ __all__ = [
     "get_backend",
     "image",
     "regions",
-    "testing",
 ]
 
 

@@ -5,14 +5,18 @@ volumes ``(X, Y, Z)`` or batches ``(B, X, Y, Z)``, of any real dtype; results ha
 Voxels that are NaN or infinite are background and rank as zero.
 """
 
-from typing import Any, cast
+import math
+import numbers
+import operator
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuroi.algorithms.threshold import percentile_scores
+from gpuroi.algorithms.threshold import percentile_scores, usable_cutoffs
 from gpuroi.backends import Backend, _keys, get_backend
-from gpuroi.types import CONNECTIVITIES, TAILS, Array, Connectivity, Tail
+from gpuroi.types import CONNECTIVITIES, TAILS, Array, Connectivity, FloatArray, Tail
 
 __all__ = ["label", "percentile_cutoff", "region_sizes", "remove_small", "threshold"]
 
@@ -44,6 +48,10 @@ def percentile_cutoff(
     >>> arrays.percentile_cutoff(np.arange(-4.0, 5.0).reshape(3, 3, 1), 50)
     2.0
     """
+    if isinstance(percentile, bool) or not isinstance(percentile, numbers.Real):
+        raise TypeError(
+            f"percentile={percentile!r} is a {type(percentile).__name__}; pass 0 to 100."
+        )
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile={percentile!r} is outside 0 to 100.")
     backend, batch = _batch(maps)
@@ -57,8 +65,9 @@ def percentile_cutoff(
 def threshold(maps: Array, cutoff: float | Array, *, tail: Tail = "both") -> Array:
     """Return `maps` with every voxel short of `cutoff` set to zero, in their dtype (native bytes).
 
-    `cutoff` is a magnitude above zero, one for all volumes or one each (B,); voxels are compared in
-    float32 for float32 (and float16, and integers up to 16 bits) and in float64 for all others.
+    `cutoff` is a magnitude, one for all volumes or one each (B,). Voxels are compared in float32
+    for float32 (and float16, and integers up to 16 bits), in float64 for all others. Voxels at zero
+    are always background; NaN, the percentile of nobody, is reached by none.
 
     Examples
     --------
@@ -87,7 +96,8 @@ def label(
     ----------
     maps : real array (X, Y, Z) or (B, X, Y, Z)
     cutoff : float or array (B,)
-        A magnitude above zero, compared as in `threshold`.
+        Magnitudes to reach, compared as in `threshold`. (`extract_regions` asks for more than a
+        percentile: ``numpy.nextafter(percentile, numpy.inf)`` in the dtype of the map.)
     tail : {"both", "positive", "negative"}
         With ``"both"``, voxels of opposite signs never join one region.
     connectivity : {6, 18, 26}
@@ -115,13 +125,22 @@ def label(
         _cutoffs(backend, batch, cutoff),
         check_choice("tail", tail, TAILS),
         check_choice("connectivity", connectivity, CONNECTIVITIES),
-        min_voxels,
+        operator.index(min_voxels),
     )
     return (labels, counts) if maps.ndim == 4 else (labels[0], counts[0])
 
 
 def region_sizes(labels: Array) -> Array:
-    """Return the number of voxels of labels 0..n of a volume (X, Y, Z), background first.
+    """Return the number of voxels of labels 0..n, background first.
+
+    Parameters
+    ----------
+    labels : integer array (X, Y, Z) or (B, X, Y, Z)
+
+    Returns
+    -------
+    int64 array (n + 1,) or (B, n + 1)
+        n is the largest label of all volumes.
 
     Examples
     --------
@@ -130,16 +149,13 @@ def region_sizes(labels: Array) -> Array:
     >>> arrays.region_sizes(np.array([[[1, 0, 2, 2]]]))
     array([1, 1, 2])
     """
-    backend, _ = _batch(labels)
-    if labels.ndim != 3:
-        raise ValueError(f"labels have shape {labels.shape}; pass one volume (X, Y, Z).")
-    if labels.dtype.kind not in "iub":
-        raise TypeError(f"labels are {labels.dtype}; pass integers.")
-    return backend.xp.bincount(labels.ravel())
+    xp = _owner(labels).xp
+    sizes = _batch_sizes(xp, labels)
+    return sizes if labels.ndim == 4 else sizes[0]
 
 
 def remove_small(labels: Array, min_voxels: int) -> Array:
-    """Return the labels of a volume (X, Y, Z) without regions under `min_voxels`.
+    """Return labels without regions under `min_voxels`, volume by volume.
 
     The others are renumbered 1..n in the same order, in int32.
 
@@ -150,16 +166,31 @@ def remove_small(labels: Array, min_voxels: int) -> Array:
     >>> arrays.remove_small(np.array([[[1, 0, 2, 2]]]), 2)
     array([[[0, 0, 1, 1]]], dtype=int32)
     """
-    sizes = region_sizes(labels)
-    xp = _batch(labels)[0].xp
-    kept = (sizes >= max(1, min_voxels)).astype(xp.int32)
-    kept[:1] = 0
-    return (xp.cumsum(kept) * kept).astype(xp.int32)[labels]
+    xp = _owner(labels).xp
+    kept = (_batch_sizes(xp, labels) >= max(1, operator.index(min_voxels))).astype(xp.int32)
+    kept[:, :1] = 0
+    numbers = (xp.cumsum(kept, axis=1) * kept).astype(xp.int32)
+    batch = labels.reshape((len(kept), *labels.shape[-3:])).astype(xp.int64)
+    volume = xp.arange(len(kept)).reshape(-1, 1, 1, 1)
+    return numbers[volume, batch].reshape(labels.shape)
+
+
+def _batch_sizes(xp: ModuleType, labels: Array) -> Array:
+    """Return sizes ``(B, n + 1)`` of the labels of a volume or batch."""
+    if labels.ndim not in (3, 4):
+        raise ValueError(f"labels have shape {labels.shape}; pass (X, Y, Z) or (B, X, Y, Z).")
+    if labels.dtype.kind not in "iub":
+        raise TypeError(f"labels are {labels.dtype}; pass integers.")
+    n_volumes = len(labels) if labels.ndim == 4 else 1
+    rows = labels.reshape(n_volumes, math.prod(labels.shape[-3:])).astype(xp.int64)
+    n = int(rows.max()) + 1 if rows.size else 1  # waits
+    numbered = rows + n * xp.arange(n_volumes).reshape(-1, 1)
+    return xp.bincount(numbered.ravel(), minlength=n * n_volumes).reshape(n_volumes, n)
 
 
 def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> Any:
     """Return `value` if it is one of `accepted`; `name` is the parameter it was passed as."""
-    if value not in accepted:
+    if not isinstance(value, str | int) or value not in accepted:
         choices = ", ".join(repr(choice) for choice in accepted)
         raise ValueError(f"{name}={value!r} is not one of {choices}.")
     return value
@@ -177,27 +208,31 @@ def computable(maps: Array) -> Array:
     return maps.astype(np.float32 if fits_single else np.float64, copy=False)
 
 
+def _owner(array: Array) -> Backend:
+    """Return the backend in whose memory `array` lies."""
+    if isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
+        return get_backend("cpu")
+    if type(array).__module__.partition(".")[0] == "cupy":
+        return get_backend("cuda")
+    raise TypeError(f"a {type(array).__name__} is no array of a backend; pass NumPy or CuPy.")
+
+
 def _batch(maps: Array) -> tuple[Backend, Array]:
-    """Return the backend in whose memory `maps` lie, and `maps` as a batch for its verbs."""
-    if isinstance(maps, np.ndarray):
-        backend = get_backend("cpu")
-    elif type(maps).__module__.partition(".")[0] == "cupy":
-        backend = get_backend("cuda")
-    else:
-        raise TypeError(f"{type(maps).__name__} is no array of a backend; pass NumPy or CuPy.")
+    """Return the owner of `maps`, and `maps` as a batch for its verbs."""
+    backend = _owner(maps)
     if maps.ndim not in (3, 4):
         raise ValueError(f"maps have shape {maps.shape}; pass (X, Y, Z) or (B, X, Y, Z).")
     xp = backend.xp
     batch = xp.ascontiguousarray(computable(maps))
-    finite = xp.isfinite(batch)
-    batch = xp.where(finite, batch, batch.dtype.type(0))
-    return backend, batch.reshape((-1, *maps.shape[-3:]))
+    batch = xp.where(xp.isfinite(batch), batch, batch.dtype.type(0))
+    n_volumes = len(maps) if maps.ndim == 4 else 1
+    return backend, batch.reshape((n_volumes, *maps.shape[-3:]))
 
 
-def _cutoffs(backend: Backend, batch: Array, cutoff: float | Array) -> NDArray[np.floating]:
-    if not isinstance(cutoff, np.ndarray | float | int):
+def _cutoffs(backend: Backend, batch: Array, cutoff: float | Array) -> FloatArray:
+    if not isinstance(cutoff, np.ndarray | float | int | list | tuple):
         cutoff = backend.to_host(cutoff)
-    cutoffs = np.broadcast_to(np.asarray(cutoff, np.float64), len(batch)).astype(batch.dtype)
-    if not (cutoffs > 0).all():
-        raise ValueError(f"cutoff={cutoff!r} is not above zero; voxels at zero are background.")
-    return cast(NDArray[np.floating], cutoffs)
+    values = np.broadcast_to(np.asarray(cutoff, np.float64), len(batch))
+    if (values < 0).any():
+        raise ValueError(f"cutoff={cutoff!r} is below zero; pass magnitudes.")
+    return usable_cutoffs(values, batch.dtype)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from gpuroi.algorithms.threshold import Threshold, cutoff_at, parse_threshold, percentile_scores
 from gpuroi.arrays import computable
-from gpuroi.backends import Backend, get_backend
+from gpuroi.backends import Backend, LabelledVoxels, get_backend
+from gpuroi.backends._memory import in_pieces
 from gpuroi.masks import load_mask
 from gpuroi.niimg import image_like, load_images, narrowed, voxels
 from gpuroi.types import ImageLike, Tail
@@ -123,10 +124,14 @@ def threshold_img(
 def _cutoff(backend: Backend, ranked: NDArray[Any], threshold: Threshold, two_sided: bool) -> float:
     """Return the value to compare voxels with; where nobody is ranked, none survives."""
     if threshold.is_percentile:
-        maps = backend.to_device(computable(ranked).reshape(1, 1, 1, -1))
         tail: Tail = "both" if two_sided else "positive"
-        (score,), (n_ranked,) = percentile_scores(backend, maps, threshold.value, tail)
-        return float(score) + NILEARN_OFFSET if n_ranked else math.inf
+
+        def scores(maps: NDArray[Any]) -> list[float]:
+            device_maps = backend.to_device(maps)
+            return list(percentile_scores(backend, device_maps, threshold.value, tail)[0])
+
+        (score,) = in_pieces(backend, computable(ranked).reshape(1, 1, 1, -1), scores)
+        return math.inf if math.isnan(score) else float(score) + NILEARN_OFFSET
     value = threshold.value
     if value >= 0:
         highest = max(ranked.max(initial=0), -float(ranked.min(initial=0)) if two_sided else 0)
@@ -143,11 +148,14 @@ def _cutoff(backend: Backend, ranked: NDArray[Any], threshold: Threshold, two_si
 
 def _zero_small_clusters(backend: Backend, data: NDArray[Any], min_voxels: int) -> None:
     """Set clusters of one sign with fewer than `min_voxels` voxels to zero, in place."""
+
+    def clusters(maps: NDArray[Any]) -> list[LabelledVoxels]:
+        any_value = cutoff_at(0, len(maps), maps.dtype)
+        return backend.component_voxels(backend.to_device(maps), any_value, "both", 6, min_voxels)
+
     volumes = data[..., np.newaxis] if data.ndim == 3 else data
     for volume in np.moveaxis(volumes, -1, 0):
-        maps = backend.to_device(computable(volume)[np.newaxis])
-        any_value = cutoff_at(0, 1, maps.dtype)
-        (found,) = backend.component_voxels(maps, any_value, "both", 6, min_voxels)
+        (found,) = in_pieces(backend, computable(volume)[np.newaxis], clusters)
         small = np.ones(volume.shape, bool)
         small.ravel()[found.index] = False
         volume[small] = 0

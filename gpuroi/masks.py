@@ -47,7 +47,7 @@ def load_mask(
             raise InvalidMapError(
                 f"{name} is on another grid than the map: shape {data.shape} against "
                 f"{tuple(shape)}, affines\n{mask_affine}\nagainst\n{affine}\n"
-                "Pass resample_mask=True to take the nearest voxel of the mask."
+                "Pass resample_mask=True (--resample-mask) to take the nearest voxel of the mask."
             )
         data = _nearest(data, mask_affine, shape, affine)
     not_finite = ~np.isfinite(data)
@@ -58,15 +58,17 @@ def load_mask(
             stacklevel=3,
         )
         data = np.where(not_finite, 0, data)
-    inside = np.unique(data[data != 0])
+    is_inside = np.asarray(data != 0)
+    inside = data[is_inside]
     if inside.size == 0:
         raise InvalidMapError(f"{name} is zero everywhere on the map: it would hide all voxels.")
-    if inside.size > 1:
+    if inside.min() != inside.max():
         raise InvalidMapError(
-            f"{name} has {inside.size} values besides 0 ({inside[0]:g} to {inside[-1]:g}); a mask "
-            "has one. Binarise it first, for example with gpuroi.image.threshold_img."
+            f"{name} has {np.unique(inside).size} values besides 0 ({inside.min():g} to "
+            f"{inside.max():g}); a mask has one. Binarise it first, for example with "
+            "gpuroi.image.threshold_img."
         )
-    return np.asarray(data != 0)
+    return is_inside
 
 
 def _nearest(

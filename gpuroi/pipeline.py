@@ -7,7 +7,7 @@ import importlib.metadata
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from gpuroi.algorithms.measure import gather
 from gpuroi.algorithms.threshold import cutoff_above, cutoff_at, one_sided, percentile_scores
 from gpuroi.arrays import computable
 from gpuroi.backends import Backend, LabelledVoxels
-from gpuroi.errors import DeviceMemoryError
+from gpuroi.backends._memory import in_pieces
 from gpuroi.masks import load_mask
 from gpuroi.recipe import Recipe
 from gpuroi.result import Regions
@@ -36,27 +36,50 @@ _VOLUME_TOLERANCE = 1e-6
 
 
 def extract_maps(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> Iterator[Regions]:
-    """Yield the regions of each map, batch by batch of maps that share a grid and a dtype.
-
-    While the host finishes one batch (random walks, mostly), a device works on the next.
-    """
-    batches = _batches(map(_prepare, maps), backend.batch_bytes)
+    """Yield the regions of each map, batch by batch of maps that share a grid and a dtype."""
+    parameters = recipe.describe()
+    masks_of = _masks_by_grid(recipe)
 
     def on_device(batch: list[_Prepared]) -> list[_OnDevice]:
-        masks = _Masks.load(recipe, batch[0].source)
+        source = batch[0].source
+        masks = masks_of(source)
         volumes = [prepared.volume for prepared in batch]
         host = volumes[0][np.newaxis] if len(batch) == 1 else np.stack(volumes)
+        return in_pieces(
+            backend, host, lambda piece: _on_device(piece, source, masks, recipe, backend)
+        )
 
-        def step(piece: NDArray[Any]) -> list[_OnDevice]:
-            return _on_device(piece, batch[0].source, masks, recipe, backend)
+    def on_host(batch: list[_Prepared], found: list[_OnDevice]) -> list[Regions]:
+        return [
+            _regions(prepared, volume, recipe, parameters, backend)
+            for prepared, volume in zip(batch, found, strict=True)
+        ]
 
-        return _in_pieces(host, step, backend.device)
+    batches = _batches(map(_prepare, maps), backend.batch_bytes)
+    if recipe.method == "local_regions" and backend.batch_bytes > 1:
+        yield from _overlapped(batches, on_device, on_host)
+    else:
+        for batch in batches:
+            yield from on_host(batch, on_device(batch))
 
-    parameters = recipe.describe()
-    in_batches = backend.batch_bytes > 1  # a device; the CPU would only compete with itself
-    for batch, found in _with_results(batches, on_device, ahead=in_batches):
-        for prepared, volume in zip(batch, found, strict=True):
-            yield _regions(prepared, volume, recipe, parameters, backend)
+
+def _overlapped(
+    batches: Iterable[_T], on_device: Callable[[_T], _U], on_host: Callable[[_T, _U], list[Regions]]
+) -> Iterator[Regions]:
+    """Yield the results of all batches; a thread solves one while the device works on the next.
+
+    The device is talked to by the calling thread alone: it is the one whose current device and
+    memory pool the caller has chosen.
+    """
+    with ThreadPoolExecutor(max_workers=1) as solver:
+        solving: Future[list[Regions]] | None = None
+        for batch in batches:
+            found = on_device(batch)
+            if solving is not None:
+                yield from solving.result()
+            solving = solver.submit(on_host, batch, found)
+        if solving is not None:
+            yield from solving.result()
 
 
 @dataclass(frozen=True)
@@ -70,9 +93,7 @@ class _Prepared:
 
     def fits(self, other: "_Prepared") -> bool:
         """Return whether both can go through the backend as one batch."""
-        return self.volume.dtype == other.volume.dtype and same_grid(
-            self.volume.shape, self.source.affine, other.volume.shape, other.source.affine
-        )
+        return self.volume.dtype == other.volume.dtype and _same_grid(self.source, other.source)
 
 
 @dataclass(frozen=True)
@@ -113,25 +134,6 @@ def _batches(prepared: Iterable[_Prepared], batch_bytes: int) -> Iterator[list[_
         yield batch
 
 
-def _with_results(
-    items: Iterable[_T], step: Callable[[_T], _U], *, ahead: bool
-) -> Iterator[tuple[_T, _U]]:
-    """Yield each item with ``step(item)``; if `ahead`, one step runs while the caller is busy."""
-    if not ahead:
-        for item in items:
-            yield item, step(item)
-        return
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        waiting: tuple[_T, Any] | None = None
-        for item in items:
-            started = item, worker.submit(step, item)
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = started
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
-
-
 @dataclass(frozen=True)
 class _Masks:
     """The masks of a recipe on the grid of a batch; None is everywhere."""
@@ -157,21 +159,20 @@ class _Masks:
         return cls(brain, population if brain is None else population & brain)
 
 
-def _in_pieces(
-    host: NDArray[Any], step: Callable[[NDArray[Any]], list[_OnDevice]], device: str
-) -> list[_OnDevice]:
-    """Return ``step(host)``, put together from halves where the device is too small."""
-    try:
-        return step(host)
-    except MemoryError as error:
-        if len(host) == 1:
-            raise DeviceMemoryError(
-                f"one volume of shape {host.shape[1:]} ({host.nbytes / 2**20:.0f} MiB as "
-                f"{host.dtype}) does not fit on {device}: {error}. "
-                "Pass backend='cpu', or free the memory that other processes hold."
-            ) from error
-    half = len(host) // 2
-    return _in_pieces(host[:half], step, device) + _in_pieces(host[half:], step, device)
+def _masks_by_grid(recipe: Recipe) -> Callable[[io.Map], _Masks]:
+    """Return a function that loads the masks for a map, anew only when the grid changes."""
+    latest: list[tuple[io.Map, _Masks]] = []
+
+    def masks_of(source: io.Map) -> _Masks:
+        if not latest or not _same_grid(source, latest[0][0]):
+            latest[:] = [(source, _Masks.load(recipe, source))]
+        return latest[0][1]
+
+    return masks_of
+
+
+def _same_grid(one: io.Map, other: io.Map) -> bool:
+    return same_grid(one.data.shape, one.affine, other.data.shape, other.affine)
 
 
 def _on_device(
@@ -232,7 +233,8 @@ def _contests(
 
 def _min_voxels(recipe: Recipe, source: io.Map) -> int:
     exact = recipe.min_region_size_mm3 / source.voxel_volume_mm3
-    return math.ceil(exact * (1 - _VOLUME_TOLERANCE))
+    more_than_there_are = math.prod(source.data.shape) + 1
+    return math.ceil(min(exact * (1 - _VOLUME_TOLERANCE), more_than_there_are))
 
 
 def _regions(
@@ -261,7 +263,7 @@ def _regions(
             "shape": list(source.data.shape),
             "voxel_volume_mm3": source.voxel_volume_mm3,
             "dtype": str(source.data.dtype),
-            "parameters": parameters,
+            "parameters": dict(parameters),
             "percentile_score": volume.score,
             "voxels_ranked": volume.n_ranked,
             "cutoff": volume.cutoff if math.isfinite(volume.cutoff) else None,

@@ -20,6 +20,7 @@ from gpuroi.algorithms.local_regions import (
 from gpuroi.algorithms.measure import RegionVoxels, gather
 from gpuroi.arrays import check_choice
 from gpuroi.backends import Backend, LabelledVoxels, get_backend
+from gpuroi.backends._memory import in_pieces
 from gpuroi.masks import load_mask
 from gpuroi.niimg import load_images, voxels
 from gpuroi.recipe import METHODS, at_least_zero
@@ -141,7 +142,8 @@ def _in_batches(
         if not finite.all():
             n_not_finite += finite.size - np.count_nonzero(finite)
             volumes = np.where(finite, volumes, volumes.dtype.type(0))
-        for volume, found in zip(volumes, find(volumes), strict=True):
+        labelled = in_pieces(backend, volumes, lambda piece: list(find(piece)))
+        for volume, found in zip(volumes, labelled, strict=True):
             yield gather(found, volume)
     if n_not_finite:
         warnings.warn(

@@ -76,7 +76,10 @@ class RegionStack:
         part, k = self._volumes[volume]
         voxels = slice(part.starts[k], part.starts[k + 1])
         xyz = tuple(coordinate[voxels] for coordinate in part.coordinates)
-        values = part.values[voxels]
+        with np.errstate(
+            over="ignore"
+        ):  # float64 maps beyond float32 become infinite, as nilearn's
+            values = part.values[voxels].astype(_DTYPE)
         if wanted is None:
             out[xyz] = values
             return

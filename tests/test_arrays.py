@@ -51,19 +51,53 @@ def test_voxels_that_are_not_finite_are_background_and_rank_as_zero(bad):
         (lambda: arrays.label(MAPS[0, 0], 1.0), ValueError, r"shape \(9, 10\); pass \(X, Y, Z\)"),
         (lambda: arrays.label([[[1.0]]], 1.0), TypeError, "list is no array of a backend"),
         (lambda: arrays.label(MAPS * 1j, 1.0), TypeError, "maps are complex64; pass real"),
-        (lambda: arrays.label(MAPS, 0.0), ValueError, "cutoff=0.0 is not above zero"),
-        (lambda: arrays.label(MAPS, np.nan), ValueError, "cutoff=nan is not above zero"),
+        (lambda: arrays.label(MAPS, -1.0), ValueError, "cutoff=-1.0 is below zero; pass magn"),
+        (lambda: arrays.label(MAPS, 1.0, min_voxels="3"), TypeError, "cannot be interpreted as an"),
+        (lambda: arrays.label(np.ma.array(MAPS), 1.0), TypeError, "a MaskedArray is no array of"),
+        (lambda: arrays.percentile_cutoff(MAPS, "97"), TypeError, "percentile='97' is a str"),
         (lambda: arrays.label(MAPS, 1.0, tail="two"), ValueError, "tail='two' is not one of"),
         (lambda: arrays.label(MAPS, 1.0, connectivity=8), ValueError, "connectivity=8 is not"),
         (lambda: arrays.percentile_cutoff(MAPS, 101), ValueError, "percentile=101 is outside"),
         (lambda: arrays.percentile_cutoff(MAPS, 5, tail=""), ValueError, "tail='' is not one of"),
         (lambda: arrays.region_sizes(MAPS[0]), TypeError, "labels are float32; pass integers"),
-        (lambda: arrays.remove_small(MAPS, 2), ValueError, r"pass one volume \(X, Y, Z\)"),
+        (lambda: arrays.remove_small(MAPS[0, 0], 2), ValueError, r"labels have shape \(9, 10\)"),
     ],
 )
 def test_what_cannot_be_used_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_labels_of_a_batch_are_measured_volume_by_volume():
+    labels, _ = arrays.label(MAPS, [0.4, 0.5, 0.6])
+    sizes, large = arrays.region_sizes(labels), arrays.remove_small(labels, 4)
+    for volume, volume_sizes, volume_large in zip(labels, sizes, large, strict=True):
+        alone = arrays.region_sizes(volume)
+        np.testing.assert_array_equal(volume_sizes[: alone.size], alone)
+        assert not volume_sizes[alone.size :].any()
+        np.testing.assert_array_equal(volume_large, arrays.remove_small(volume, 4))
+    assert arrays.remove_small(labels > 0, 10**6).sum() == 0
+
+
+def test_percentiles_of_a_batch_can_be_labelled_whatever_they_are():
+    maps = np.stack(
+        [np.full((3, 3, 3), -1.0), np.eye(9).reshape(3, 3, 9)[:, :, :3], np.zeros((3,) * 3)]
+    )
+    cutoffs = arrays.percentile_cutoff(maps, 50, tail="positive")
+    assert np.isnan(cutoffs).tolist() == [True, False, False]
+    assert cutoffs[1:].tolist() == [0, 0]
+    _, counts = arrays.label(maps, cutoffs, tail="positive")
+    assert counts.tolist() == [0, np.count_nonzero(maps[1]), 0]
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (0, 3, 4, 5), (2, 3, 0, 5)])
+def test_empty_arrays_have_nothing(shape):
+    empty = np.zeros(shape, np.float32)
+    labels, counts = arrays.label(empty, 1.0)
+    assert labels.shape == shape
+    assert counts.sum() == 0
+    assert np.all(np.isnan(arrays.percentile_cutoff(empty, 97)))
+    assert arrays.remove_small(labels, 2).shape == shape
 
 
 def test_cupy_in_cupy_out():

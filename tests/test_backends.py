@@ -8,10 +8,11 @@ import pytest
 from scipy import ndimage
 
 from gpuroi import backends
+from gpuroi.backends._select import order_statistic
 from gpuroi.backends.cpu import CpuBackend, cc3d
 from gpuroi.backends.cuda import CudaBackend
 from gpuroi.errors import BackendUnavailableError, UnknownBackendError
-from gpuroi.testing import BackendContract, make_maps, require_backend
+from gpuroi.testing import BackendContract, is_required, make_maps, require_backend
 
 
 class TestInstalledBackends(BackendContract):
@@ -44,9 +45,12 @@ def test_cc3d_is_used_where_installed_and_named_in_the_versions():
     assert "connected-components-3d" not in CpuBackend(use_cc3d=False).versions()
 
 
-def test_cuim_labels_agree_with_the_cuda_backend():
+def test_cucim_labels_agree_with_the_cuda_backend():
     cuda = require_backend("cuda")
-    measure = pytest.importorskip("cucim.skimage.measure")
+    if not is_required("cuda"):
+        pytest.importorskip("cucim")
+    from cucim.skimage import measure
+
     maps = cuda.to_device(make_maps("smooth", (4, 21, 22, 23), "float32", 0))
     for connectivity, rank in ((6, 1), (18, 2), (26, 3)):
         labels, _ = cuda.components(maps, np.full(4, 0.5, np.float32), "positive", connectivity, 1)
@@ -71,6 +75,16 @@ def test_volumes_beyond_the_index_range_of_one_launch_go_in_pieces(monkeypatch):
     monkeypatch.setattr("gpuroi.backends.cuda._MAX_VOXELS", 100)
     with pytest.raises(ValueError, match="a volume of 210 voxels is too large for 32-bit labels"):
         cuda.components(maps, cutoffs, "both", 18, 2)
+
+
+def test_a_sample_that_misleads_costs_time_only():
+    """Every sampled value is an outlier, so the pivot leaves too few values in the tail."""
+    values = np.random.default_rng(0).standard_normal(61 * 300)
+    values[::61] += 1e6
+    ranks = np.array([values.size * 97 // 100, values.size // 2])
+    for absolute in (True, False):
+        expected = np.sort(np.abs(values) if absolute else values)[ranks]
+        np.testing.assert_array_equal(order_statistic(values, ranks, absolute), expected)
 
 
 def test_discovery_is_by_file_name():
@@ -125,6 +139,10 @@ def test_require_fails_where_skipping_would_hide_a_missing_device(monkeypatch):
     monkeypatch.delenv("GPUROI_REQUIRE", raising=False)
     with pytest.raises(pytest.skip.Exception, match="no CUDA device"):
         require_backend("cuda")
-    monkeypatch.setenv("GPUROI_REQUIRE", "cuda")
-    with pytest.raises(BackendUnavailableError):
+    for names in ("cuda", "cpu, CUDA"):
+        monkeypatch.setenv("GPUROI_REQUIRE", names)
+        with pytest.raises(BackendUnavailableError):
+            require_backend("cuda")
+    monkeypatch.setenv("GPUROI_REQUIRE", "cuda13")
+    with pytest.raises(UnknownBackendError, match="GPUROI_REQUIRE names 'cuda13'; gpuroi has cpu"):
         require_backend("cuda")

@@ -144,7 +144,7 @@ class TestSeries:
         with pytest.raises(
             DeviceMemoryError,
             match=r"one volume of shape \(12, 14, 16\) .* does not fit on a small device: cannot "
-            r"allocate 10752 bytes. Pass backend='cpu'",
+            r"allocate 10752 bytes; pass backend='cpu'",
         ):
             gpuroi.extract_regions(images[0], backend=backend)
 
@@ -334,6 +334,21 @@ class TestResult:
         for label in range(1, len(regions) + 1):
             expected = np.where(labels == label, blobs(), 0)
             np.testing.assert_array_equal(stack.dataobj[..., label - 1], expected)
+
+    def test_more_regions_than_16_bits_count(self):
+        data = np.zeros((84, 84, 84), np.float32)
+        data[::2, ::2, ::2] = np.arange(42**3).reshape(42, 42, 42) + 1
+        regions = gpuroi.extract_regions(image(data), 0.5)
+        assert len(regions) == 42**3 > np.iinfo(np.uint16).max
+        np.testing.assert_array_equal(regions.labels, data)
+        np.testing.assert_array_equal(regions.table["peak_value"], regions.table["label"])
+
+    def test_the_stack_is_float32_however_it_is_read(self):
+        data = np.where(blobs() > 1, np.pi * blobs().astype(np.float64), 0)
+        stack = gpuroi.extract_regions(image(data), 1.0).to_4d_img()
+        dense = stack.get_fdata()
+        np.testing.assert_array_equal(dense, np.asanyarray(stack.dataobj))
+        np.testing.assert_array_equal(dense.sum(axis=3), data.astype(np.float32))
 
     def test_peak_is_the_first_of_equals(self):
         data = np.zeros((3, 3, 3))

@@ -24,6 +24,13 @@ def test_importing_gpuroi_loads_no_numpy_either():
     assert "numpy" not in run("import gpuroi, sys; print(*sys.modules)")
 
 
+def test_a_star_import_needs_no_extra():
+    code = (
+        "import sys; sys.modules.update(pytest=None, nilearn=None); from gpuroi import *; print(1)"
+    )
+    assert run(code) == ["1"]
+
+
 def test_public_names_are_there_when_asked_for():
     assert dir(gpuroi) == sorted(gpuroi.__all__)
     for name in gpuroi.__all__:

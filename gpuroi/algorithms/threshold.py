@@ -89,9 +89,9 @@ def percentile_scores(
     for condition in _conditions(maps, tail, nonzero_only):
         members = condition if members is None else members & condition
     if members is None:
-        n_ranked = np.full(len(maps), maps[0].size, np.int64)
+        n_ranked = np.full(len(maps), math.prod(maps.shape[1:]), np.int64)
     else:
-        n_ranked = backend.to_host(members.reshape(len(maps), -1).sum(axis=1)).astype(np.int64)
+        n_ranked = backend.to_host(members.sum(axis=(1, 2, 3))).astype(np.int64)
     scores = np.full(len(maps), np.nan)
     somebody = np.flatnonzero(n_ranked)
     if somebody.size == 0:
@@ -151,10 +151,20 @@ def cutoff_above(scores: NDArray[np.float64], dtype: np.dtype) -> FloatArray:
 
 
 def cutoff_at(value: float, n: int, dtype: np.dtype) -> FloatArray:
-    """Return `value`, rounded to `dtype` and at least its smallest number above zero, n times."""
+    """Return `value` n times as `usable_cutoffs`."""
+    return usable_cutoffs(np.full(n, value), dtype)
+
+
+def usable_cutoffs(values: NDArray[np.float64], dtype: np.dtype) -> FloatArray:
+    """Return `values` rounded to `dtype`, at least its smallest number above zero.
+
+    So voxels at zero stay background. NaN, the percentile of nobody, gives infinity.
+    """
     with np.errstate(over="ignore"):
-        rounded = np.asarray(value).astype(dtype)
-    return np.full(n, max(rounded, np.finfo(dtype).smallest_subnormal), dtype)
+        rounded = values.astype(dtype)
+    at_least = np.maximum(rounded, np.finfo(dtype).smallest_subnormal)
+    cutoffs: FloatArray = np.where(np.isnan(values), dtype.type(np.inf), at_least).astype(dtype)
+    return cutoffs
 
 
 def one_sided(backend: Backend, maps: Array, cutoffs: FloatArray, tail: Tail) -> Iterator[Array]:

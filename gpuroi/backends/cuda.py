@@ -2,11 +2,13 @@
 
 Labels come from ``cupyx.scipy.ndimage.label``, which numbers as SciPy does and takes the batch as
 one 4-D array; cuCIM's ``measure.label`` is the same kernels without a structuring element, volume
-by volume, and serves as the oracle of the contract suite. Library calls that round differently
+by volume, and serves the tests as an oracle. Library calls that round differently
 from SciPy (percentiles, Gaussian filters) are replaced by exact ones made of array operations.
 """
 
 import importlib.metadata
+import math
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, cast
 
@@ -103,10 +105,9 @@ class CudaBackend:
         if population is not None:
             keys = xp.where(population, keys, _largest(keys))
         # Row by row: integers in one dimension go through CUB's radix sort.
-        rows = keys.reshape(len(maps), -1)
-        selected = xp.stack(
-            [xp.sort(row)[xp.asarray(rank)] for row, rank in zip(rows, ranks, strict=True)]
-        )
+        selected = xp.empty(ranks.shape, keys.dtype)
+        for b, (volume, rank) in enumerate(zip(keys, ranks, strict=True)):
+            selected[b] = xp.sort(volume.ravel())[xp.asarray(rank)]
         dtype = maps.dtype.name
         values = selected.view(dtype) if absolute else _keys.from_ordered(xp, selected, dtype)
         return cast(FloatArray, self.to_host(values))
@@ -120,24 +121,10 @@ class CudaBackend:
         min_voxels: int,
     ) -> tuple[Array, Array]:
         """See `gpuroi.backends.Backend.components`."""
-        xp = self.xp
-        volumes_at_once = _MAX_VOXELS // max(1, maps[0].size)
-        if volumes_at_once == 0:
-            raise ValueError(f"a volume of {maps[0].size} voxels is too large for 32-bit labels.")
-        pieces = [
-            self._label_batch(
-                maps[b : b + volumes_at_once],
-                cutoffs[b : b + volumes_at_once],
-                tail,
-                connectivity,
-                min_voxels,
-            )
-            for b in range(0, len(maps), volumes_at_once)
-        ]
-        if len(pieces) == 1:
-            return pieces[0]
-        labels, counts = zip(*pieces, strict=True)
-        return xp.concatenate(labels), xp.concatenate(counts)
+        index, label, counts = self._regions(maps, cutoffs, tail, connectivity, min_voxels)
+        labels = self.xp.zeros(maps.shape, self.xp.int32)
+        labels.ravel()[index] = label
+        return labels, counts
 
     def component_voxels(
         self,
@@ -148,18 +135,42 @@ class CudaBackend:
         min_voxels: int,
     ) -> list[LabelledVoxels]:
         """See `gpuroi.backends.Backend.component_voxels`."""
-        labels, counts = self.components(maps, cutoffs, tail, connectivity, min_voxels)
-        index = self.xp.flatnonzero(labels)  # waits
-        label = self.to_host(labels.ravel()[index])
-        index = self.to_host(index).astype(np.int64)
-        n_voxels = maps[0].size
+        found = self._regions(maps, cutoffs, tail, connectivity, min_voxels)
+        index, label, counts = (self.to_host(array) for array in found)  # waits
+        n_voxels = math.prod(maps.shape[1:])
         bounds = np.searchsorted(index, np.arange(len(maps) + 1) * n_voxels)
         return [
             LabelledVoxels(index[start:stop] - b * n_voxels, label[start:stop], n_regions)
-            for b, (start, stop, n_regions) in enumerate(
-                zip(bounds[:-1], bounds[1:], self.to_host(counts).tolist(), strict=True)
+            for b, ((start, stop), n_regions) in enumerate(
+                zip(pairwise(bounds.tolist()), counts.tolist(), strict=True)
             )
         ]
+
+    def _regions(
+        self,
+        maps: Array,
+        cutoffs: FloatArray,
+        tail: Tail,
+        connectivity: Connectivity,
+        min_voxels: int,
+    ) -> tuple[Array, Array, Array]:
+        """Return the flat indices in the batch of all regions' voxels, their labels, the counts."""
+        xp = self.xp
+        n_voxels = math.prod(maps.shape[1:])
+        at_once = _MAX_VOXELS // max(1, n_voxels)
+        if at_once == 0:
+            raise ValueError(f"a volume of {n_voxels} voxels is too large for 32-bit labels.")
+        pieces = []
+        for b in range(0, max(1, len(maps)), at_once):
+            piece = slice(b, b + at_once)
+            index, label, counts = self._label_batch(
+                maps[piece], cutoffs[piece], tail, connectivity, min_voxels
+            )
+            pieces.append((index + b * n_voxels, label, counts))
+        if len(pieces) == 1:
+            return pieces[0]
+        indices, labels, all_counts = zip(*pieces, strict=True)
+        return xp.concatenate(indices), xp.concatenate(labels), xp.concatenate(all_counts)
 
     def _label_batch(
         self,
@@ -168,12 +179,11 @@ class CudaBackend:
         tail: Tail,
         connectivity: Connectivity,
         min_voxels: int,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array, Array]:
         xp = self.xp
         # No links along the batch axis: one call labels every volume on its own.
         structure = np.zeros((3, 3, 3, 3), bool)
         structure[1] = _neighbourhood(connectivity)
-
         component = xp.zeros(maps.shape, xp.int32)
         n_components = 0
         for side in _SIDES:
@@ -183,21 +193,22 @@ class CudaBackend:
                 component = xp.where(labels > 0, labels + n_components, component)
                 n_components += n
 
-        # From here on a component is an entry of `sizes` and `first`; entry 0 is background.
-        flat = component.ravel()
-        sizes = xp.bincount(flat, minlength=n_components + 1)
-        first = xp.full(n_components + 1, flat.size, xp.int32)
-        xp.minimum.at(first, flat, xp.arange(flat.size, dtype=xp.int32))
-        kept = sizes >= min_voxels
-        kept[0] = False
-        kept = xp.flatnonzero(kept)  # waits
-        kept = kept[xp.argsort(first[kept])]
-        volume = first[kept] // maps[0].size
+        # From here on the foreground alone; a component is an entry of `sizes` and `first`.
+        index = xp.flatnonzero(component)  # waits
+        own = component.ravel()[index] - 1
+        sizes = xp.bincount(own, minlength=n_components)
+        first = xp.full(n_components, _MAX_VOXELS, xp.int32)
+        xp.minimum.at(first, own, index.astype(xp.int32))
+        large = xp.flatnonzero(sizes >= min_voxels)  # waits
+        large = large[xp.argsort(first[large])]
+        volume = first[large] // max(1, math.prod(maps.shape[1:]))
         counts = xp.bincount(volume, minlength=len(maps)).astype(xp.int32)
-        first_label = xp.cumsum(counts) - counts
-        label = xp.zeros(n_components + 1, xp.int32)
-        label[kept] = (xp.arange(kept.size) - first_label[volume] + 1).astype(xp.int32)
-        return label[component], counts
+        before = xp.cumsum(counts) - counts
+        label_of = xp.zeros(n_components, xp.int32)
+        label_of[large] = (xp.arange(large.size) - before[volume] + 1).astype(xp.int32)
+        label = label_of[own]
+        kept = label > 0
+        return index[kept].astype(xp.int64), label[kept], counts
 
     def smooth(self, maps: Array, sigma_voxels: tuple[float, float, float]) -> Array:
         """See `gpuroi.backends.Backend.smooth`."""
@@ -245,7 +256,7 @@ class CudaBackend:
         labels, _ = self._ndimage.label(is_seed, structure)  # waits
         # Numbers run through the batch in C order: let each volume start at 1.
         numbered = xp.where(labels > 0, labels, _largest(labels))
-        below = numbered.reshape(len(maps), -1).min(axis=1).reshape(-1, 1, 1, 1) - 1
+        below = numbered.min(axis=(1, 2, 3), keepdims=True) - 1
         return xp.where(labels > 0, labels - below, 0).astype(xp.int32)
 
 
