@@ -1,5 +1,6 @@
 """The work that is timed, and the proof that all contenders do the same work."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,11 +12,14 @@ from nilearn.datasets import load_sample_motor_activation_image
 from nilearn.image import resample_img
 from nilearn.image import threshold_img as nilearn_threshold_img
 from nilearn.regions import connected_regions as nilearn_connected_regions
+from scipy import ndimage, stats
 
 import gpuroi
 from gpuroi.backends.cpu import CpuBackend, cc3d
 from gpuroi.image import threshold_img
 from gpuroi.regions import connected_regions
+from gpuroi.space import voxel_volume_mm3
+from gpuroi.testing import expected_labels
 
 # The grid of the 2 mm MNI152 template.
 GRID_2MM = (
@@ -58,12 +62,18 @@ def components(tiny: bool = False) -> Iterator[Comparison]:
         yield many_regions()
 
 
+def white_noise() -> Comparison:
+    """Return the case with most seeds: no smoothing, and a maximum in every window."""
+    affine, shape = GRID_2MM
+    noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    img = nib.Nifti1Image(noise, affine)
+    return _walkers("2 mm noise", img, "80%", 1.0, 3, smoothing_fwhm=0, min_region_size=0)
+
+
 def many_regions() -> Comparison:
     """Return the case that dense volumes lose: every region of a noisy 2 mm map, however small."""
     rng = np.random.default_rng(0)
     affine, shape = GRID_2MM
-    from scipy import ndimage
-
     data = ndimage.gaussian_filter(rng.standard_normal(shape), 1.5).astype(np.float32)
     data /= data.std()
     return _against_nilearn(
@@ -121,7 +131,12 @@ def _against_nilearn(
         for volume in range(expected.shape[3]):
             assert np.array_equal(stack.dataobj[..., volume], expected.dataobj[..., volume])
         labels, table = results["gpuroi"]
-        assert len(table) == labels.max() >= expected.shape[3]
+        data = np.asanyarray(img.dataobj)
+        score = np.float32(stats.scoreatpercentile(np.abs(data), float(threshold[:-1])))
+        cutoff = np.nextafter(score, np.float32(np.inf))
+        min_voxels = math.ceil(min_region_size / voxel_volume_mm3(img.affine))
+        assert np.array_equal(labels, expected_labels(data, cutoff, "both", 6, min_voxels))
+        assert len(table) == labels.max()
         if cc3d is not None:
             assert np.array_equal(labels, results["gpuroi[fast]"][0])
 
@@ -152,24 +167,34 @@ def local_regions(tiny: bool = False) -> Iterator[Comparison]:
         for threshold in thresholds[grid]:
             slow = (grid, threshold) in {("2 mm", "90%"), ("2 mm", "80%")}
             yield _walkers(
-                grid, img, threshold, promised.get((grid, threshold), 1.0), 3 if slow else 11
+                grid, img, threshold, promised.get((grid, threshold), 1.0), 3 if slow else 21
             )
     if not tiny:
+        yield white_noise()
         yield _one_mm(maps["3 mm"])
 
 
 def _walkers(
-    grid: str, img: nib.Nifti1Image, threshold: str, promised: float, repeats: int
+    grid: str,
+    img: nib.Nifti1Image,
+    threshold: str,
+    promised: float,
+    repeats: int,
+    min_region_size: float = 1500,
+    smoothing_fwhm: float = 6,
 ) -> Comparison:
+    options = {"min_region_size": min_region_size, "smoothing_fwhm": smoothing_fwhm}
+
     def nilearn() -> Any:
-        return nilearn_connected_regions(nilearn_threshold_img(img, threshold), 1500)
+        return nilearn_connected_regions(nilearn_threshold_img(img, threshold), **options)
 
     def drop_in() -> Any:
-        return connected_regions(threshold_img(img, threshold, backend="cpu"), 1500, backend="cpu")
+        thresholded = threshold_img(img, threshold, backend="cpu")
+        return connected_regions(thresholded, **options, backend="cpu")
 
     def native() -> Any:
         regions = gpuroi.extract_regions(
-            img, threshold, method="local_regions", min_region_size=1500, backend="cpu"
+            img, threshold, method="local_regions", **options, backend="cpu"
         )
         return regions.labels, regions.table
 
@@ -181,7 +206,7 @@ def _walkers(
 
     return Comparison(
         name=f"local_regions, {grid}, {threshold}",
-        parameters={"shape": list(img.shape), "threshold": threshold, "min_region_size_mm3": 1500},
+        parameters={"shape": list(img.shape), "threshold": threshold, **options},
         contenders={"nilearn": nilearn, "gpuroi as nilearn": drop_in, "gpuroi": native},
         check=check,
         targets={"gpuroi as nilearn": promised},

@@ -3,6 +3,7 @@
 Exit codes: 0 all maps done, 1 some maps failed, 2 the command itself cannot be carried out.
 """
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_EXTENSION = re.compile(r"\.(nii|img|hdr)(\.gz)?$|\.mg[hz]$", re.IGNORECASE)
+_VOLUME = re.compile(r"_vol-\d{4,}$")
 
 # Beyond these, a person no longer reads what scrolls past.
 _MOST_TABLES = 8
@@ -164,9 +168,12 @@ def extract(
                 failed += 1
                 named = str(error) if str(source) in str(error) else f"{source}: {error}"
                 _say(errors, "failed", named, "bold red")
-            except RuntimeError as error:  # the device is lost; no other map would fare better
-                _say(errors, "error", f"{source}: {error}; nothing more was done.", "bold red")
-                raise typer.Exit(1) from error
+            except RuntimeError as error:
+                if chosen.name != "cpu":  # the device may be lost; no other map would fare better
+                    _say(errors, "error", f"{source}: {error}; nothing more was done.", "bold red")
+                    raise typer.Exit(1) from error
+                failed += 1
+                _say(errors, "failed", f"{source}: {error}", "bold red")
             else:
                 few = max(len(sources), len(results)) <= _MOST_TABLES
                 for regions, path in results:
@@ -231,16 +238,20 @@ def _stems(sources: list[Path]) -> list[str]:
     """Return the names of `sources` without extensions, which name the outputs."""
     first: dict[str, Path] = {}
     for source in sources:
-        stem = source.name
-        for extension in (".gz", ".nii", ".img", ".hdr", ".mgz", ".mgh"):
-            if stem.lower().endswith(extension):
-                stem = stem[: -len(extension)]
+        stem = _EXTENSION.sub("", source.name)
         if stem in first:
             raise ValueError(
                 f"{first[stem]} and {source} would both write {stem}_desc-regions_dseg.nii.gz; "
                 "extract them into separate folders."
             )
         first[stem] = source
+    for stem, source in first.items():
+        series = first.get(_VOLUME.sub("", stem), source)
+        if series is not source:
+            raise ValueError(
+                f"a volume of {series} could be written as {stem}_desc-regions_dseg.nii.gz, as "
+                f"{source} is; extract them into separate folders."
+            )
     return list(first)
 
 
@@ -303,12 +314,7 @@ def _show(screen: "Console", regions: "Regions", path: Path, *, as_table: bool) 
     )
     screen.print(Text(str(path), "bold").append(heading, "default"), soft_wrap=True)
     if len(regions) == 0:
-        highest = regions.provenance["largest_magnitude"]
-        forgotten = highest < regions.cutoff and not asked["threshold"].endswith("%")
-        hint = " A percentile needs its percent sign: 97%." if forgotten else ""
-        screen.print(
-            f"  Nothing found; the largest magnitude is {highest:.6g}.{hint}", soft_wrap=True
-        )
+        screen.print(f"  Nothing found; {_why_nothing(regions)}", soft_wrap=True)
     if not as_table or len(regions) == 0:
         return
     table = Table("label", "voxels", "mm³", "peak", "peak x y z (mm)", "mean", "at edge")
@@ -328,3 +334,15 @@ def _show(screen: "Console", regions: "Regions", path: Path, *, as_table: bool) 
     if len(regions) > _MOST_ROWS:
         table_name = path.name.removesuffix(".nii.gz") + ".tsv"
         screen.print(f"  … and {len(regions) - _MOST_ROWS} more in {table_name}", soft_wrap=True)
+
+
+def _why_nothing(regions: "Regions") -> str:
+    """Return what a person may want to change where no region was found."""
+    asked, highest = regions.provenance["parameters"], regions.provenance["largest_magnitude"]
+    if highest >= regions.cutoff and regions.provenance["min_voxels"] > 1:
+        smallest = f"{asked['min_region_size_mm3']:g} mm³"
+        return f"no region of voxels at the cut-off fills {smallest} (--min-region-size)."
+    said = f"the largest magnitude is {highest:.6g}."
+    if highest < regions.cutoff and not asked["threshold"].endswith("%"):
+        said += " A percentile needs its percent sign: 97%."
+    return said

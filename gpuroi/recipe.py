@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nibabel.spatialimages import SpatialImage
+
 from gpuroi import io
 from gpuroi.algorithms.local_regions import SEED_DISTANCE_VOXELS
 from gpuroi.algorithms.threshold import Threshold, parse_threshold
@@ -74,8 +76,8 @@ def make_recipe(
     return Recipe(
         threshold=_magnitude_threshold(threshold),
         tail=check_choice("tail", tail, TAILS),
-        population=_check_population(population),
-        mask_img=mask_img,
+        population=_population(population),
+        mask_img=None if mask_img is None else _mask("mask_img", mask_img),
         method=check_choice("method", method, METHODS),
         connectivity=check_choice("connectivity", connectivity, CONNECTIVITIES),
         min_region_size_mm3=at_least_zero("min_region_size", min_region_size, "mm^3"),
@@ -95,14 +97,25 @@ def _magnitude_threshold(threshold: float | str) -> Threshold:
     return parsed
 
 
-def _check_population(population: Any) -> Any:
-    if isinstance(population, str) and population not in ("all", "nonzero"):
-        if not Path(population).expanduser().exists():
-            raise ValueError(
-                f"population={population!r} is neither 'all' nor 'nonzero', nor an existing file."
-            )
-        return Path(population)
-    return population
+def _population(population: Any) -> Any:
+    if isinstance(population, str) and population in ("all", "nonzero"):
+        return population
+    if isinstance(population, str) and not Path(population).expanduser().exists():
+        raise ValueError(
+            f"population={population!r} is neither 'all' nor 'nonzero', nor an existing file."
+        )
+    return _mask("population", population)
+
+
+def _mask(parameter: str, mask: Any) -> SpatialImage:
+    """Return a mask as an image, so that a file is read once for all maps."""
+    try:
+        return io.load(mask)
+    except TypeError:
+        also = ", 'all' or 'nonzero'" if parameter == "population" else ""
+        raise TypeError(
+            f"{parameter}={mask!r} is a {type(mask).__name__}; pass a path, an image{also}."
+        ) from None
 
 
 def _voxels(parameter: str, value: int) -> int:

@@ -33,6 +33,12 @@ BOTH = ("--threshold", "3.0", "--min-region-size", "0")  # finds the two
 IN_A_PROCESS = (sys.executable, "-c", "from gpuroi.cli import main; main()")
 
 
+# What is said where nothing is found.
+LARGEST = "the largest magnitude is {}."
+NEEDS_ITS_SIGN = " A percentile needs its percent sign: 97%."
+TOO_SMALL = "no region of voxels at the cut-off fills {} mm³ (--min-region-size)."
+
+
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
     """Work in `tmp_path`, on the CPU, before a wide terminal without colours."""
@@ -258,18 +264,18 @@ class TestSaid:
     @pytest.mark.parametrize(
         ("scale", "options", "explanation"),
         [
-            (1, ("--threshold", "97"), "6. A percentile needs its percent sign: 97%."),
-            (1, ("--threshold", "inf"), "6. A percentile needs its percent sign: 97%."),
-            (1, ("--threshold", "97%"), "6."),
-            (1, ("--threshold", "3", "--min-region-size", "1000"), "6."),
-            (0, ("--threshold", "97%"), "0."),
+            (1, ("--threshold", "97"), LARGEST.format(6) + NEEDS_ITS_SIGN),
+            (1, ("--threshold", "inf"), LARGEST.format(6) + NEEDS_ITS_SIGN),
+            (1, ("--threshold", "97%"), TOO_SMALL.format(1500)),
+            (1, ("--threshold", "3", "--min-region-size", "1000"), TOO_SMALL.format(1000)),
+            (0, ("--threshold", "97%"), LARGEST.format(0)),
         ],
     )
     def test_nothing_found(self, scale, options, explanation):
         said = succeed("extract", write_map("m.nii", DATA * scale), *options, "-o", "out")
         heading, explained = said.splitlines()
         assert heading.startswith("out/m_desc-regions_dseg.nii.gz: 0 regions of at least 1")
-        assert explained == f"  Nothing found; the largest magnitude is {explanation}"
+        assert explained == f"  Nothing found; {explanation}"
         assert not read_labels("out/m_desc-regions_dseg.nii.gz").any()
         assert len(pd.read_csv("out/m_desc-regions_dseg.tsv", sep="\t")) == 0
 
@@ -360,12 +366,25 @@ def test_local_regions_takes_its_own_parameters():
     assert counts[0] > counts[1]
 
 
+def test_a_volume_never_takes_the_place_of_another_map():
+    series = write_map("v.nii", np.stack([DATA, DATA], axis=-1))
+    result = run("extract", series, write_map("v_vol-0000.nii"), "-o", "out")
+    assert result.exit_code == 2
+    assert "a volume of v.nii could be written as v_vol-0000_desc" in result.stderr
+
+
+def test_an_outcome_of_the_size_filter_is_named():
+    result = run("extract", write_map("a.nii"), "--threshold", 3, "--min-region-size", 5000)
+    assert "no region of voxels at the cut-off fills 5000 mm³ (--min-region-size)" in result.stdout
+
+
 class TestFailures:
     def test_a_lost_device_stops_the_run(self, monkeypatch):
         def lost(*arguments):
             raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access")
 
         monkeypatch.setattr("gpuroi.pipeline.extract_maps", lost)
+        monkeypatch.setattr(backends.get_backend(), "name", "cuda", raising=False)
         result = run("extract", write_map("a.nii"), write_map("b.nii"), "-o", "out")
         assert result.exit_code == 1
         assert "error: a.nii: cudaErrorIllegalAddress" in result.stderr
