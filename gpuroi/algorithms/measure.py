@@ -87,12 +87,13 @@ def measure(regions: RegionVoxels) -> Measures:
     peak = at_peak[np.searchsorted(at_peak, starts)]
     mass = np.add.reduceat(magnitudes, starts)
     center_of_mass = np.empty((n, 3))
-    on_edge = np.zeros(values.size, bool)
+    touches_edge = np.zeros(n, bool)
     for axis, (coordinate, length) in enumerate(
         zip(regions.coordinates, regions.shape, strict=True)
     ):
         center_of_mass[:, axis] = np.add.reduceat(coordinate * magnitudes, starts) / mass
-        on_edge |= (coordinate == 0) | (coordinate == length - 1)
+        touches_edge |= np.minimum.reduceat(coordinate, starts) == 0
+        touches_edge |= np.maximum.reduceat(coordinate, starts) == length - 1
     return Measures(
         voxels=voxels,
         sign=np.sign(values[peak]).astype(np.int8),
@@ -100,5 +101,5 @@ def measure(regions: RegionVoxels) -> Measures:
         peak=np.stack([coordinate[peak] for coordinate in regions.coordinates], axis=1),
         mean_value=np.add.reduceat(values, starts) / voxels,
         center_of_mass=center_of_mass,
-        touches_edge=np.logical_or.reduceat(on_edge, starts),
+        touches_edge=touches_edge,
     )
