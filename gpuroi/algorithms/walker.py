@@ -7,15 +7,14 @@ Intelligence 28(11), 2006, doi:10.1109/TPAMI.2006.233). Seeds compete only insid
 component, so each component is a system of its own, and one with a single seed needs none.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 from gpuroi.algorithms.dirichlet import DirichletProblem
+from gpuroi.backends._runs import label_runs
 
 #: Weight of a step is ``exp(-BETA / (10 std) * difference**2) + LEAST_WEIGHT``, as in nilearn.
 BETA = 130.0
@@ -80,10 +79,7 @@ def random_walk(
     As in nilearn, components without a seed, and those made of nothing but seeds, get no label;
     but if there is no other component at all, seeds keep their labels.
     """
-    exact = values.astype(np.float64)
-    first, second = _neighbours(index, shape)
-    component = _components(index.size, first, second)
-    n_components = int(component.max(initial=-1)) + 1
+    component, n_components = _components(index, shape)
     unlabelled = np.bincount(component[seeds == 0], minlength=n_components)
     seeded = np.bincount(component[seeds > 0], minlength=n_components)
     decided = (unlabelled > 0) & (seeded > 0)
@@ -95,41 +91,48 @@ def random_walk(
     np.minimum.at(lowest_seed, component[seeds > 0], seeds[seeds > 0])
     np.maximum.at(highest_seed, component[seeds > 0], seeds[seeds > 0])
     label = np.where(decided, highest_seed, 0)[component].astype(np.int32)
-    contested = decided & (lowest_seed < highest_seed)
+    contested = np.flatnonzero(decided & (lowest_seed < highest_seed))
+    if contested.size == 0:
+        return Walk(label, Confidence())
 
-    deviation = _standard_deviation(exact, shape) if contested.any() else 0.0
+    exact = values.astype(np.float64)
+    deviation = _standard_deviation(exact, shape)
     scale = BETA / (10 * deviation) if deviation > 0 else 0.0  # a constant volume has no steps
+    by_component = np.argsort(component, kind="stable")
+    begins = np.searchsorted(component[by_component], contested)
+    ends = np.searchsorted(component[by_component], contested, side="right")
     confidences = []
-    for voxels, edges in _each(contested, component, first):
-        ends = np.searchsorted(voxels, np.stack([first[edges], second[edges]]))
-        step = exact[first[edges]] - exact[second[edges]]
-        weights = np.exp(-scale * step**2) + LEAST_WEIGHT
-        walk = _solve(index[voxels], shape, ends, weights, seeds[voxels])
+    for begin, end in zip(begins, ends, strict=True):
+        voxels = by_component[begin:end]
+        edges = _edges(index[voxels], shape)
+        steps = np.subtract(*exact[voxels][edges])
+        weights = np.exp(-scale * steps**2) + LEAST_WEIGHT
+        walk = _solve(index[voxels], shape, edges, weights, seeds[voxels])
         label[voxels] = walk.label
         confidences.append(walk.confidence)
     return Walk(label, Confidence.lowest(confidences))
 
 
-def _neighbours(
+def _components(
     index: NDArray[np.int64], shape: tuple[int, int, int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return all pairs of foreground voxels that share a face, as places in `index`."""
+) -> tuple[NDArray[np.int32], int]:
+    """Return a component (0..n-1) for each voxel of the foreground, and n."""
+    foreground = np.zeros(shape, np.uint8)
+    foreground.ravel()[index] = 1
+    return label_runs(foreground, index, 6)
+
+
+def _edges(index: NDArray[np.int64], shape: tuple[int, int, int]) -> NDArray[np.int64]:
+    """Return all pairs ``(2, e)`` of voxels that share a face, as places in `index`."""
     _, ny, nz = shape
-    place = np.zeros(int(np.prod(shape)) + 1, np.int32)  # 0 is background
-    place[index] = np.arange(1, index.size + 1)
-    first, second = [], []
+    pairs = []
     for stride, length in ((ny * nz, shape[0]), (nz, ny), (1, nz)):
         has_next = np.flatnonzero(index // stride % length < length - 1)
-        neighbour = place[index[has_next] + stride]
-        first.append(has_next[neighbour > 0])
-        second.append(neighbour[neighbour > 0].astype(np.int64) - 1)
-    return np.concatenate(first), np.concatenate(second)
-
-
-def _components(n: int, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int32]:
-    graph = csr_array((np.ones(first.size), (first, second)), shape=(n, n))
-    component: NDArray[np.int32] = connected_components(graph, directed=False)[1]
-    return component
+        wanted = index[has_next] + stride
+        place = np.minimum(np.searchsorted(index, wanted), index.size - 1)
+        found = index[place] == wanted
+        pairs.append(np.stack([has_next[found], place[found]]))
+    return np.concatenate(pairs, axis=1)
 
 
 def _standard_deviation(values: NDArray[np.float64], shape: tuple[int, int, int]) -> float:
@@ -143,29 +146,14 @@ def _standard_deviation(values: NDArray[np.float64], shape: tuple[int, int, int]
     return float(np.sqrt(squares / n))
 
 
-def _each(
-    wanted: NDArray[np.bool_], component: NDArray[np.int32], first: NDArray[np.int64]
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield the voxels (ascending) and the edges of each wanted component."""
-    voxels = np.argsort(component, kind="stable")
-    edges = np.argsort(component[first], kind="stable")
-    voxel_bounds = np.searchsorted(component[voxels], np.arange(wanted.size + 1))
-    edge_bounds = np.searchsorted(component[first[edges]], np.arange(wanted.size + 1))
-    for number in np.flatnonzero(wanted):
-        yield (
-            voxels[voxel_bounds[number] : voxel_bounds[number + 1]],
-            edges[edge_bounds[number] : edge_bounds[number + 1]],
-        )
-
-
 def _solve(
     index: NDArray[np.int64],
     shape: tuple[int, int, int],
-    ends: NDArray[np.int64],
+    edges: NDArray[np.int64],
     weights: NDArray[np.float64],
     seeds: NDArray[np.int32],
 ) -> Walk:
-    """Return the labels of one component; `ends` ``(2, e)`` are places in `index` and `seeds`."""
+    """Return the labels of one component; `edges` are places in `index` and `seeds`."""
     labels, column = np.unique(seeds[seeds > 0], return_inverse=True)
     unknown = np.flatnonzero(seeds == 0)
     place = np.full(seeds.size, -1)
@@ -174,14 +162,14 @@ def _solve(
     column_of[seeds > 0] = column
 
     # An edge joins two unknowns, or an unknown and a seed; edges between seeds do not matter.
-    inside = (place[ends] >= 0).all(axis=0)
+    inside = (place[edges] >= 0).all(axis=0)
     to_seeds = np.zeros((unknown.size, labels.size))
-    for a, b in (ends, ends[::-1]):
+    for a, b in (edges, edges[::-1]):
         to_seed = (place[a] >= 0) & (column_of[b] >= 0)
         np.add.at(to_seeds, (place[a[to_seed]], column_of[b[to_seed]]), weights[to_seed])
 
     problem = DirichletProblem(
-        edges=place[ends[:, inside]],
+        edges=place[edges[:, inside]],
         weights=weights[inside],
         boundary_weights=to_seeds,
         coordinates=np.stack(np.unravel_index(index[unknown], shape), axis=1),

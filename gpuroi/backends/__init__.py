@@ -113,6 +113,7 @@ class Backend(Protocol):
         """
 
 
+@cache
 def names() -> tuple[str, ...]:
     """Return the names of all backends of this installation, runnable or not."""
     modules = (module.name for module in pkgutil.iter_modules(__path__))
