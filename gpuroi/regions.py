@@ -74,9 +74,12 @@ def connected_regions(
     Raises
     ------
     ValueError
-        If `extract_type` is none of the above or `min_region_size` is NaN; InvalidMapError, a
-        ValueError, if an image cannot be read; UnsupportedMethodError, a ValueError, for
-        ``"local_regions"``.
+        If `extract_type`, `min_region_size` or `smoothing_fwhm` is none of the above;
+        InvalidMapError, a ValueError, if an image cannot be read.
+    TypeError
+        If an image or a number is something else.
+    BackendUnavailableError, UnknownBackendError, DeviceMemoryError
+        If `backend` cannot run here, does not exist, or is too small for one volume.
 
     Examples
     --------

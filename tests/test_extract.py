@@ -212,8 +212,18 @@ class TestNothingFound:
             (np.ones((3, 4, 5), np.int16), 2.0),
             (np.ones((3, 4, 5)), 1e300),
             (np.ones((3, 4, 5), np.float32), 1e300),
+            (np.full((3, 4, 5), np.finfo("f4").max, np.float32), "50%"),
         ],
-        ids=["zeros", "constant", "100%", "zeros by value", "too low", "far too low", "overflow"],
+        ids=[
+            "zeros",
+            "constant",
+            "100%",
+            "zeros by value",
+            "too low",
+            "far too low",
+            "overflow",
+            "largest",
+        ],
     )
     def test_types_stay_the_same(self, tmp_path, data, threshold):
         regions = gpuroi.extract_regions(image(data), threshold)
@@ -362,6 +372,11 @@ class TestResult:
         expected = gpuroi.extract_regions(image(blobs()), "90%").table
         data[:] = 0
         pd.testing.assert_frame_equal(regions.table, expected)
+
+    @pytest.mark.parametrize("threshold", ["99.99995%", "97%", 3.1234567, 1234567.0])
+    def test_provenance_keeps_every_digit_of_the_threshold(self, threshold):
+        asked = gpuroi.extract_regions(image(blobs()), threshold).provenance["parameters"]
+        assert asked["threshold"] == str(threshold).removesuffix(".0")
 
     def test_repr_says_the_essential(self, regions):
         assert repr(regions).startswith(f"Regions({len(regions)} regions of ")

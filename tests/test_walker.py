@@ -200,6 +200,36 @@ class TestRules:
         assert walk.confidence.error <= 1e-10
         assert np.bincount(walk.label).tolist() == [0, n**3 + 3, 3]
 
+    def test_what_float64_cannot_hold_is_undecided(self):
+        """A hundred plateaus in a row, each on the next by one weakest edge: no digit is left."""
+        n = 100
+        volume = np.zeros((12 * n, 5, 5))
+        for k in range(n):
+            volume[12 * k : 12 * k + 11] = 1 + 100 * (k % 2)
+        volume[11::12, 2, 2] = 1e4
+        volume[-1] = 0
+        seeds = np.zeros(volume.shape, np.int32)
+        seeds[0, 0, 0], seeds[12 * n - 2, 2, 2] = 1, 2
+        index = np.flatnonzero(volume)
+        walk = random_walk(index, volume.ravel()[index], seeds.ravel()[index], volume.shape)
+        confidence = walk.confidence
+        assert confidence.error <= 1e-10 or (
+            confidence.error <= 1 and confidence.n_undecided > volume.size // 4
+        )
+
+    def test_huge_values_do_not_overflow(self):
+        volume = np.zeros((8, 8, 24))
+        volume[2:5, 2:5, 2:22] = 1e200
+        seeds = np.zeros(volume.shape, np.int32)
+        seeds[3, 3, 3], seeds[3, 3, 20] = 1, 2
+        index = np.flatnonzero(volume)
+        labels = [
+            random_walk(index, values.ravel()[index], seeds.ravel()[index], volume.shape).label
+            for values in (volume, volume * 2.0**-600)
+        ]
+        np.testing.assert_array_equal(labels[0], labels[1])
+        assert np.bincount(labels[0]).tolist() == [0, 90, 90]
+
     def test_undecided_voxels_are_counted(self, monkeypatch):
         monkeypatch.setattr(dirichlet, "_MOST_REFINEMENTS", 1)
         confidence = walk_to_a_cube(14).confidence

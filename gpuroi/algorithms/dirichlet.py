@@ -68,14 +68,14 @@ class DirichletProblem:
         """Return the probabilities of all labels; those of the last are one minus the others."""
         factorisation = self._factorise()
         x = factorisation.solve(np.asfortranarray(self.boundary_weights[:, :-1]))
-        residual, error = 0.0, np.inf
+        residual, error = 0.0, 1.0  # no probability is further off
         for _ in range(_MOST_REFINEMENTS):
             lacking = self._residual(x)
             residual = float(np.abs(lacking).max(initial=0))
             correction = factorisation.solve(lacking)
             # Of all labels together, which is what the last one can be off by.
             size = float(np.abs(correction).sum(axis=1).max(initial=0))
-            if size >= error:  # rounding is all that is left
+            if not size < error:  # rounding is all that is left, or it was too much to begin with
                 break
             x, error = x + correction, size
             if error <= _ACCURATE:

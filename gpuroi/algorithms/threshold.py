@@ -20,7 +20,7 @@ class Threshold:
     is_percentile: bool
 
     def __str__(self) -> str:
-        return f"{self.value:g}%" if self.is_percentile else f"{self.value:g}"
+        return repr(self.value).removesuffix(".0") + "%" * self.is_percentile
 
 
 def parse_threshold(threshold: float | str) -> Threshold:
@@ -145,8 +145,9 @@ def cutoff_above(scores: NDArray[np.float64], dtype: np.dtype) -> FloatArray:
     Strictly above the percentile, so that zeros stay background when most of a map is zero, and a
     constant map has no region. NaN, the score of nobody, gives infinity: no voxel reaches it.
     """
-    rounded = np.maximum(scores, 0).astype(dtype)
-    above = np.where(rounded > scores, rounded, np.nextafter(rounded, dtype.type(np.inf)))
+    with np.errstate(over="ignore"):  # above the largest number there is infinity
+        rounded = np.maximum(scores, 0).astype(dtype)
+        above = np.where(rounded > scores, rounded, np.nextafter(rounded, dtype.type(np.inf)))
     return np.where(np.isnan(scores), dtype.type(np.inf), above).astype(dtype)
 
 

@@ -95,9 +95,14 @@ def random_walk(
     if contested.size == 0:
         return Walk(label, Confidence())
 
-    exact = values.astype(np.float64)
+    # In units of a power of two, which rounds nothing, so that squares of huge values are finite.
+    unit = int(np.frexp(np.abs(values).max())[1])
+    exact = np.ldexp(values.astype(np.float64), -unit)
     deviation = _standard_deviation(exact, shape)
-    scale = BETA / (10 * deviation) if deviation > 0 else 0.0  # a constant volume has no steps
+    scale = 0.0  # a constant volume has no steps
+    if deviation > 0:
+        with np.errstate(over="ignore"):
+            scale = min(np.ldexp(BETA / (10 * deviation), unit), np.finfo(np.float64).max)
     by_component = np.argsort(component, kind="stable")
     begins = np.searchsorted(component[by_component], contested)
     ends = np.searchsorted(component[by_component], contested, side="right")
@@ -188,6 +193,6 @@ def _solve(
             solution.residual,
             solution.error,
             float(margin.min()),
-            int(np.count_nonzero(np.abs(margin - TIE) <= 2 * solution.error)),
+            int(np.count_nonzero(~(np.abs(margin - TIE) > 2 * solution.error))),
         ),
     )

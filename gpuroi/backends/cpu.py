@@ -24,6 +24,9 @@ except ImportError:
 
 _SLAB = 16
 
+# To look at one window takes as long as to filter this many voxels.
+_VOXELS_A_WINDOW = 1000
+
 # Standard deviations at which scipy.ndimage cuts a Gaussian off.
 _TRUNCATE = 4.0
 
@@ -213,10 +216,12 @@ def _window_maxima(volume: FloatArray, distance: int, floor: np.floating) -> NDA
     np.maximum.at(highest.ravel(), block, heights)
     highest = ndimage.maximum_filter(highest, 3, mode="nearest")
     candidates = np.flatnonzero(heights >= highest.ravel()[block])
+    if candidates.size * _VOXELS_A_WINDOW > volume.size:  # plateaus
+        in_window = ndimage.maximum_filter(volume, 2 * distance + 1, mode="constant")
+        return np.asarray(index[heights >= in_window.ravel()[index]])
     is_maximum = [
         heights[candidate]
         >= volume[tuple(slice(max(0, i - distance), i + distance + 1) for i in voxel)].max()
         for candidate, voxel in zip(candidates, voxels.T[candidates].tolist(), strict=True)
     ]
-    maxima: NDArray[np.int64] = index[candidates[np.array(is_maximum, bool)]]
-    return maxima
+    return np.asarray(index[candidates[np.array(is_maximum, bool)]])
