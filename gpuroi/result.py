@@ -92,19 +92,19 @@ class Regions:
         rotation, origin = self.affine[:3, :3], self.affine[:3, 3]
         peak_mm = measures.peak @ rotation.T + origin
         center_mm = measures.center_of_mass @ rotation.T + origin
-        voxel_mm3 = abs(np.linalg.det(rotation))
         columns = (
             np.arange(1, len(self) + 1, dtype=np.int32),
             measures.sign,
             measures.voxels,
-            measures.voxels * voxel_mm3,
+            measures.voxels * self.provenance["voxel_volume_mm3"],
             measures.peak_value,
             *peak_mm.T,
             measures.mean_value,
             *center_mm.T,
             measures.touches_edge,
         )
-        return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), copy=False)
+        data = dict(zip(COLUMNS, columns, strict=True))
+        return pd.DataFrame(data, index=pd.RangeIndex(len(self)), copy=False)
 
     def to_4d_img(self) -> "nib.Nifti1Image":
         """Return nilearn's stack (X, Y, Z, n) float32: each region's values in a volume of its own.

@@ -10,7 +10,7 @@ from gpuroi.types import FloatArray
 _SAMPLE_STRIDE = 61
 
 # Values are sifted in pieces that stay in the cache and below malloc's threshold for fresh pages.
-_PIECE = 2**15
+_PIECE = 2**16
 
 
 def order_statistic(values: FloatArray, ranks: NDArray[np.int64], absolute: bool) -> FloatArray:
