@@ -110,11 +110,10 @@ def threshold_img(
     chosen = get_backend(backend)
     cutoff = _cutoff(chosen, data if inside is None else data[inside], parsed, two_sided)
     if two_sided:
-        data[(-cutoff < data) & (data < cutoff)] = 0
-    elif cutoff >= 0:
-        data[data < cutoff] = 0
+        short = (-cutoff < data) & (data < cutoff)
     else:
-        data[data > cutoff] = 0
+        short = data < cutoff if cutoff >= 0 else data > cutoff
+    np.copyto(data, 0, where=short)
 
     if cluster_threshold > 0:
         _zero_small_clusters(chosen, data, math.ceil(cluster_threshold))

@@ -131,7 +131,8 @@ class _Flows:
         both_ways = np.concatenate([edges, edges[::-1]], axis=1)
         order = np.argsort(both_ways[0], kind="stable")
         unknown, neighbour = both_ways[:, order]
-        coupled, starts = np.unique(unknown, return_index=True)
+        starts = np.flatnonzero(np.diff(unknown, prepend=-1))
+        coupled = unknown[starts]
         from_seeds = boundary_weights.astype(np.longdouble)
         extended = np.concatenate([weights, weights])[order].astype(np.longdouble)
         return cls(

@@ -58,7 +58,7 @@ def find_seeds(
     floors[highest == lowest] = np.inf
     seeds = backend.local_maxima(smoothed, distance, floors)
 
-    index = xp.flatnonzero(_keys.magnitude(maps))  # waits
+    index = xp.flatnonzero(_keys.magnitude(maps) != 0)  # waits
     values = backend.to_host(maps.ravel()[index])
     seed_of = backend.to_host(seeds.ravel()[index])
     index = backend.to_host(index).astype(np.int64)
