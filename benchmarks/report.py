@@ -42,12 +42,13 @@ def table(records: list[dict[str, Any]]) -> str:
             )
             title = ""
     newest = max(records, key=lambda record: record["date"])
+    commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
     versions = ", ".join(f"{package} {number}" for package, number in newest["versions"].items())
     lines += [
         "",
         f"Medians of {min(r['repeats'] for r in records)} or more turns in one process, BLAS at "
-        f"one thread, on {newest['processor']}, Python {newest['python']}, {versions}; commit "
-        f"{newest['commit']}, {newest['date'][:10]}.",
+        f"one thread, on {newest['processor']}, Python {newest['python']}, {versions}; commits "
+        f"{commits}, {newest['date'][:10]}.",
         "",
     ]
     return "\n".join(lines)
