@@ -42,7 +42,7 @@ def table(records: list[dict[str, Any]]) -> str:
             )
             title = ""
     newest = max(records, key=lambda record: record["date"])
-    commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
+    commits = ", ".join(dict.fromkeys(record["commit"] or "unknown" for record in records))
     versions = ", ".join(f"{package} {number}" for package, number in newest["versions"].items())
     lines += [
         "",
