@@ -1,5 +1,7 @@
 """Exact order statistics on the CPU."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,15 +29,11 @@ def order_statistic(values: FloatArray, ranks: NDArray[np.int64], absolute: bool
     expected = lowest / n * sample.size
     margin = 2 * np.sqrt(sample.size - expected) + 1
     pivot = sample[max(0, int(expected - margin))]
-    tail = values
     if pivot > sample[sample.size // 2]:
-        tail = np.concatenate(
-            [_at_least(values[i : i + _PIECE], pivot, absolute) for i in range(0, n, _PIECE)]
-        )
-        if n - tail.size > lowest:
-            tail = values
-    return np.sort(np.abs(tail) if absolute else tail)[ranks - (n - tail.size)]
-
-
-def _at_least(values: FloatArray, pivot: np.floating, absolute: bool) -> FloatArray:
-    return values[(np.abs(values) if absolute else values) >= pivot]
+        pieces: Iterator[FloatArray] = (values[i : i + _PIECE] for i in range(0, n, _PIECE))
+        if absolute:
+            pieces = map(np.abs, pieces)
+        tail = np.concatenate([piece[piece >= pivot] for piece in pieces])
+        if n - tail.size <= lowest:
+            return np.sort(tail)[ranks - (n - tail.size)]
+    return np.sort(np.abs(values) if absolute else values)[ranks]
