@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +16,8 @@ from nilearn.regions import connected_regions as nilearn_connected_regions
 from scipy import ndimage, stats
 
 import gpuroi
+from gpuroi.algorithms import dirichlet
+from gpuroi.algorithms.checkerboard import HAS_CHOLMOD
 from gpuroi.backends.cpu import CpuBackend, cc3d
 from gpuroi.image import threshold_img
 from gpuroi.regions import connected_regions
@@ -192,7 +195,7 @@ def _walkers(
     def nilearn() -> Any:
         return nilearn_connected_regions(nilearn_threshold_img(img, threshold), **options)
 
-    def drop_in() -> Any:
+    def with_cholmod() -> Any:
         thresholded = threshold_img(img, threshold, backend="cpu")
         return connected_regions(thresholded, **options, backend="cpu")
 
@@ -205,17 +208,36 @@ def _walkers(
     def check(results: dict[str, Any]) -> None:
         # Not the labels: nilearn's depend on its tolerance. tests/test_walker.py compares with
         # direct solutions of the whole system.
-        assert results["gpuroi as nilearn"][0].shape[:3] == results["nilearn"][0].shape[:3]
-        assert len(results["gpuroi"][1]) > 0
+        expected = results["gpuroi as nilearn"][0]
+        assert expected.shape[:3] == results["nilearn"][0].shape[:3]
+        if HAS_CHOLMOD:
+            found = results["gpuroi[cholmod] as nilearn"][0]
+            assert found.shape == expected.shape
+            for volume in range(expected.shape[3]):
+                assert np.array_equal(found.dataobj[..., volume], expected.dataobj[..., volume])
 
+    contenders = {"nilearn": nilearn, "gpuroi as nilearn": without_cholmod(with_cholmod)}
+    if HAS_CHOLMOD:
+        contenders["gpuroi[cholmod] as nilearn"] = with_cholmod
+    contenders[f"gpuroi{'[cholmod]' * HAS_CHOLMOD}"] = native
     return Comparison(
         name=f"local_regions, {grid}, {threshold}",
         parameters={"shape": list(img.shape), "threshold": threshold, **options},
-        contenders={"nilearn": nilearn, "gpuroi as nilearn": drop_in, "gpuroi": native},
+        contenders=contenders,
         check=check,
-        targets={"gpuroi as nilearn": promised},
+        targets={"gpuroi as nilearn": 1.0, "gpuroi[cholmod] as nilearn": promised},
         repeats=repeats,
     )
+
+
+def without_cholmod(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Return `work` as it runs where cvxopt is not installed."""
+
+    def with_scipy() -> Any:
+        with mock.patch.object(dirichlet, "HAS_CHOLMOD", False):
+            return work()
+
+    return with_scipy
 
 
 def _one_mm(at_3mm: nib.Nifti1Image) -> Comparison:
@@ -226,13 +248,16 @@ def _one_mm(at_3mm: nib.Nifti1Image) -> Comparison:
         at_1mm = resample_img(at_3mm, affine, (182, 218, 182))
     img = nib.Nifti1Image(np.asanyarray(at_1mm.dataobj), at_1mm.affine)
 
-    def drop_in() -> Any:
+    def with_cholmod() -> Any:
         return connected_regions(threshold_img(img, "97%", backend="cpu"), 1500, backend="cpu")
 
+    contenders = {"gpuroi as nilearn": without_cholmod(with_cholmod)}
+    if HAS_CHOLMOD:
+        contenders["gpuroi[cholmod] as nilearn"] = with_cholmod
     return Comparison(
         name="local_regions, 1 mm, 97%",
         parameters={"shape": [182, 218, 182], "threshold": "97%", "min_region_size_mm3": 1500},
-        contenders={"gpuroi as nilearn": drop_in},
+        contenders=contenders,
         check=lambda results: None,
         measure_memory=True,
         repeats=1,

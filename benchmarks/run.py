@@ -4,6 +4,7 @@ python -m benchmarks.run --case components
 """
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -13,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-import tracemalloc
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -26,7 +26,16 @@ from benchmarks.cases import CASES, Comparison
 from gpuroi.backends import get_backend
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("gpuroi", "numpy", "scipy", "nibabel", "pandas", "nilearn", "connected-components-3d")
+PACKAGES = (
+    "gpuroi",
+    "numpy",
+    "scipy",
+    "nibabel",
+    "pandas",
+    "nilearn",
+    "connected-components-3d",
+    "cvxopt",
+)
 
 
 def time_alternately(
@@ -56,14 +65,23 @@ def time_alternately(
 
 
 def peak_memory(work: Callable[[], Any]) -> int:
-    """Return the bytes that Python and NumPy had allocated at the worst moment of `work`."""
+    """Return the bytes that `work` added to the process at the worst moment (Linux only).
+
+    Resident memory, because what SuperLU and CHOLMOD allocate is hidden from Python.
+    """
     gc.collect()
-    tracemalloc.start()
+    ctypes.CDLL(None).malloc_trim(0)  # or freed memory of earlier work would be counted as there
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark sinks to the present
+    before = _status("VmHWM")
     result = work()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    peak = _status("VmHWM") - before
     del result
     return peak
+
+
+def _status(entry: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:"))
 
 
 def measure(comparison: Comparison, repeats: int | None = None) -> dict[str, Any]:
@@ -73,7 +91,7 @@ def measure(comparison: Comparison, repeats: int | None = None) -> dict[str, Any
         comparison.check({name: work() for name, work in comparison.contenders.items()})
         seconds = time_alternately(comparison.contenders, repeats or comparison.repeats)
         peaks = {}
-        if comparison.measure_memory:
+        if comparison.measure_memory and sys.platform == "linux":
             peaks = {name: peak_memory(work) for name, work in comparison.contenders.items()}
     reference = next(iter(comparison.contenders))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -142,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
                 promise = "" if target is None else f"  (promised {target:g}x)"
                 peak = record["peak_bytes"].get(name)
                 memory = "" if peak is None else f"  peak {peak / 2**20:8.1f} MiB"
-                print(f"  {name:20} {seconds * 1e3:10.3f} ms {speed_up:8.1f}x{memory}{promise}")
+                print(f"  {name:26} {seconds * 1e3:10.3f} ms {speed_up:8.1f}x{memory}{promise}")
                 kept &= target is None or speed_up >= target
             if not options.dry_run:
                 with output.open("a") as lines:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuroi import io
+from gpuroi.algorithms.checkerboard import HAS_CHOLMOD
 from gpuroi.algorithms.local_regions import Contest, find_seeds, warn_of_undecided
 from gpuroi.algorithms.measure import gather
 from gpuroi.algorithms.threshold import cutoff_above, cutoff_at, one_sided, percentile_scores
@@ -23,7 +24,7 @@ from gpuroi.arrays import computable
 from gpuroi.backends import Backend, LabelledVoxels
 from gpuroi.backends._memory import in_pieces
 from gpuroi.masks import load_mask
-from gpuroi.recipe import Recipe
+from gpuroi.recipe import Method, Recipe
 from gpuroi.result import Regions
 from gpuroi.space import same_grid, sigma_voxels
 from gpuroi.types import Array, FloatArray, ImageLike
@@ -274,13 +275,14 @@ def _regions(
             **walks,
             "backend": backend.name,
             "device": backend.device,
-            "versions": _versions() | backend.versions(),
+            "versions": _versions(recipe.method) | backend.versions(),
         },
     )
 
 
 @cache
-def _versions() -> dict[str, str]:
+def _versions(method: Method) -> dict[str, str]:
     from gpuroi import __version__
 
-    return {"gpuroi": __version__, "nibabel": importlib.metadata.version("nibabel")}
+    packages = ["nibabel"] + ["cvxopt"] * (method == "local_regions" and HAS_CHOLMOD)
+    return {"gpuroi": __version__} | {name: importlib.metadata.version(name) for name in packages}

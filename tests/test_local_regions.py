@@ -9,6 +9,7 @@ from scipy import ndimage
 from scipy.sparse.linalg import splu
 
 import gpuroi
+from gpuroi.algorithms.checkerboard import HAS_CHOLMOD
 from gpuroi.algorithms.local_regions import Contest, Foreground, warn_of_undecided
 from gpuroi.algorithms.walker import Confidence
 from gpuroi.backends.cpu import CpuBackend
@@ -208,3 +209,13 @@ def test_a_peak_beside_the_box_of_an_island_is_found_as_in_the_whole_volume():
         expected = ndimage.gaussian_filter1d(expected, 1.5, axis=axis)
     smoothed = CpuBackend().smooth(data[np.newaxis], (1.5, 1.5, 1.5))[0]
     np.testing.assert_array_equal(smoothed, expected)
+
+
+def test_cvxopt_is_named_in_the_versions_where_it_solved():
+    img = image(np.ones((4, 4, 4)))
+    versions = {
+        method: gpuroi.extract_regions(img, 1.0, method=method).provenance["versions"]
+        for method in ("connected_components", "local_regions")
+    }
+    assert ("cvxopt" in versions["local_regions"]) == HAS_CHOLMOD
+    assert "cvxopt" not in versions["connected_components"]

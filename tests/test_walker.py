@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 import gpuroi
 from gpuroi.algorithms import dirichlet
-from gpuroi.algorithms.checkerboard import CheckerboardLU
+from gpuroi.algorithms.checkerboard import HAS_CHOLMOD, Checkerboard, CholmodFactors, superlu
 from gpuroi.algorithms.dirichlet import DirichletProblem
 from gpuroi.algorithms.local_regions import find_seeds
 from gpuroi.algorithms.multifrontal import MultifrontalCholesky
@@ -79,6 +79,16 @@ def solved_at_once(volume, seeds):
 def thresholded(volume, percent):
     magnitude = np.abs(volume)
     return np.where(magnitude > np.percentile(magnitude, percent), volume, 0)
+
+
+@pytest.fixture(autouse=True, params=["scipy", "cholmod"])
+def library(request, monkeypatch):
+    """Solve with SciPy alone, and with CHOLMOD."""
+    if request.param == "scipy":
+        monkeypatch.setattr(dirichlet, "HAS_CHOLMOD", False)
+    elif not HAS_CHOLMOD:
+        pytest.skip("cvxopt is not installed")
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -273,11 +283,10 @@ class TestRules:
 
 
 class TestDirichletProblem:
-    @pytest.mark.parametrize("solver", ["checkerboard", "multifrontal"])
-    def test_a_chain_of_steep_steps_to_nine_digits(self, monkeypatch, solver):
+    @pytest.mark.parametrize("large", [0, 100_000])
+    def test_a_chain_of_steep_steps_to_nine_digits(self, monkeypatch, large):
         """Between two seeds the probability falls as the resistance grows: known exactly."""
-        if solver == "multifrontal":
-            monkeypatch.setattr(dirichlet, "_LARGE", 0)
+        monkeypatch.setattr(dirichlet, "_LARGE", large)
         n = 400
         weights = np.where(np.random.default_rng(0).random(n + 1) < 0.2, 1e-10, 1.0)
         boundary = np.zeros((n, 2))
@@ -298,12 +307,12 @@ class TestDirichletProblem:
         np.testing.assert_allclose(solution.probabilities.sum(axis=1), 1, rtol=0, atol=1e-15)
         assert solution.error < 1e-6
 
-    @pytest.mark.parametrize("solver", [MultifrontalCholesky, CheckerboardLU])
+    @pytest.mark.parametrize("solver", ["multifrontal", "checkerboard"])
     @pytest.mark.parametrize(
         "shape",
         [(1, 1, 1), (2, 1, 1), (1, 1, 40), (700, 1, 1), (3, 50, 2), (9, 10, 11), (14, 14, 14)],
     )
-    def test_factorisations_solve_what_scipy_solves(self, shape, solver):
+    def test_factorisations_solve_what_scipy_solves(self, shape, solver, library):
         rng = np.random.default_rng(0)
         # Some voxels are missing, so that parts fall apart and cuts are empty.
         voxels = np.flatnonzero((rng.random(shape) < 0.8).ravel() | (np.prod(shape) < 3))
@@ -323,7 +332,12 @@ class TestDirichletProblem:
         degree = 0.1 + graph.sum(axis=1)
         coordinates = np.stack(np.unravel_index(voxels, shape), axis=1) + 3
         right = rng.standard_normal((voxels.size, 3))
-        x = solver(edges, weights, degree, coordinates).solve(right)
+        grid = edges, weights, degree, coordinates
+        if solver == "multifrontal":
+            factors = MultifrontalCholesky(*grid)
+        else:
+            factors = Checkerboard(*grid, superlu if library == "scipy" else CholmodFactors)
+        x = factors.solve(right)
         expected = splu((sparse.diags_array(degree) - graph).tocsc()).solve(right)
         # Well conditioned: the two agree but for rounding.
         np.testing.assert_allclose(x, expected, rtol=1e-10, atol=1e-10)
@@ -332,6 +346,22 @@ class TestDirichletProblem:
         no_edges = np.zeros((2, 0), int), np.zeros(0)
         with pytest.raises(np.linalg.LinAlgError, match="not positive definite"):
             MultifrontalCholesky(*no_edges, -np.ones(2), np.arange(6).reshape(2, 3))
+
+    def test_what_rounding_has_made_indefinite_is_solved_without_square_roots(self, monkeypatch):
+        def refuse(*_):
+            raise np.linalg.LinAlgError("the matrix is not positive definite")
+
+        volume = thresholded(noise(3), 80)
+        expected = random_walk_of(volume)
+        monkeypatch.setattr(dirichlet, "_LARGE", 0)
+        monkeypatch.setattr(dirichlet, "CholmodFactors", refuse)
+        monkeypatch.setattr(dirichlet, "MultifrontalCholesky", refuse)
+        np.testing.assert_array_equal(random_walk_of(volume), expected)
+
+    def test_cholmod_refuses_a_matrix_that_is_not_positive_definite(self, library):
+        if library == "cholmod":
+            with pytest.raises(np.linalg.LinAlgError, match="not positive definite"):
+                CholmodFactors(sparse.csc_array(-np.eye(3)))
 
     def test_large_and_compact_problems_get_the_same_labels_from_either_solver(self, monkeypatch):
         volume = thresholded(noise(3, (48, 48, 48)), 60)

@@ -2,16 +2,71 @@
 
 The graph of face neighbours is bipartite, like the squares of a checkerboard: half of the unknowns
 are coupled to the other half only, and can be eliminated all at once. What is left has half as many
-unknowns, for SuperLU with a minimum-degree ordering.
+unknowns, for a library with a minimum-degree ordering: CHOLMOD where cvxopt is installed, else
+SciPy's SuperLU.
 """
+
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array, diags_array
+from scipy.sparse import csc_array, csr_array, diags_array, tril
 from scipy.sparse.linalg import splu
 
+try:
+    from cvxopt import cholmod, matrix, spmatrix
+except ImportError:
+    cholmod = None
+HAS_CHOLMOD = cholmod is not None
 
-class CheckerboardLU:
+
+class Factors(Protocol):
+    """A matrix that has been factorised."""
+
+    def solve(self, right_sides: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the solutions ``(n, k)`` for `right_sides` ``(n, k)``."""
+
+
+def superlu(symmetric: csc_array) -> Factors:
+    """Return the LU factors of a matrix with a dominant diagonal."""
+    # Small panels: the factors of surfaces and thin bridges have few equal columns.
+    factors: Factors = splu(
+        symmetric,
+        permc_spec="MMD_AT_PLUS_A",
+        diag_pivot_thresh=0.0,
+        relax=1,
+        panel_size=4,
+        options={"SymmetricMode": True},
+    )
+    return factors
+
+
+class CholmodFactors:
+    """Supernodal Cholesky factors by CHOLMOD, of SuiteSparse, through cvxopt.
+
+    (Chen, Davis, Hager and Rajamanickam, ACM Transactions on Mathematical Software 35(3), 2008,
+    doi:10.1145/1391989.1391995.)
+    """
+
+    def __init__(self, symmetric: csc_array) -> None:
+        lower = tril(symmetric, format="coo")
+        entries = (lower.data, lower.row.astype(np.int64), lower.col.astype(np.int64))
+        lower = spmatrix(*map(matrix, entries), symmetric.shape)
+        self._factors = cholmod.symbolic(lower)
+        try:
+            cholmod.numeric(lower, self._factors)
+        except ArithmeticError as error:
+            raise np.linalg.LinAlgError("the matrix is not positive definite") from error
+
+    def solve(self, right_sides: NDArray[np.float64]) -> NDArray[np.float64]:
+        """See `Factors.solve`."""
+        solutions = matrix(right_sides)
+        cholmod.solve(self._factors, solutions)
+        return np.array(solutions)
+
+
+class Checkerboard:
     """Factorisation of ``diag(degree) - weights``, symmetric, on a 6-connected grid.
 
     Parameters
@@ -24,6 +79,13 @@ class CheckerboardLU:
         The diagonal.
     coordinates : integer array (n, 3)
         The voxel of each unknown.
+    factorise : callable
+        `superlu` or `CholmodFactors`, for the unknowns that are left.
+
+    Raises
+    ------
+    LinAlgError
+        If `factorise` is a Cholesky factorisation and rounding has made the matrix indefinite.
     """
 
     def __init__(
@@ -32,6 +94,7 @@ class CheckerboardLU:
         weights: NDArray[np.float64],
         degree: NDArray[np.float64],
         coordinates: NDArray[np.int64],
+        factorise: Callable[[csc_array], Factors],
     ) -> None:
         is_black = coordinates.sum(axis=1) % 2 == 1
         self._black, self._white = np.flatnonzero(is_black), np.flatnonzero(~is_black)
@@ -47,17 +110,7 @@ class CheckerboardLU:
         self._white_degree = degree[self._white][:, np.newaxis]
         through_white = self._across @ diags_array(1 / degree[self._white]) @ self._across.T
         reduced = (diags_array(degree[self._black]) - through_white).tocsc()
-        self._factors = None
-        if self._black.size:
-            # Small panels: the factors of surfaces and thin bridges have few equal columns.
-            self._factors = splu(
-                reduced,
-                permc_spec="MMD_AT_PLUS_A",
-                diag_pivot_thresh=0.0,
-                relax=1,
-                panel_size=4,
-                options={"SymmetricMode": True},
-            )
+        self._factors = factorise(reduced) if self._black.size else None
 
     def solve(self, right_sides: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the solutions ``(n, k)`` for `right_sides` ``(n, k)``."""

@@ -8,13 +8,19 @@ differences, where nothing cancels, until corrections are far below the margins 
 """
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
-from gpuroi.algorithms.checkerboard import CheckerboardLU
+from gpuroi.algorithms.checkerboard import (
+    HAS_CHOLMOD,
+    Checkerboard,
+    CholmodFactors,
+    Factors,
+    superlu,
+)
 from gpuroi.algorithms.multifrontal import MultifrontalCholesky
 
 # Corrections of probabilities that no longer matter. Maps need one or two refinements; a plateau
@@ -22,15 +28,16 @@ from gpuroi.algorithms.multifrontal import MultifrontalCholesky
 _ACCURATE = 1e-10
 _MOST_REFINEMENTS = 20
 
-# Measured on statistical maps: a minimum-degree ordering wins on thin structures, nested
-# dissection on compact ones, which have more neighbours, and on all large ones.
+# Where CHOLMOD is not installed. Measured on statistical maps: SuperLU wins on thin structures,
+# nested dissection on compact ones, which have more neighbours, and on all large ones.
 _LARGE = 100_000
 _COMPACT_MEAN_DEGREE = 5.5
 _LEAST_COMPACT = 15_000
 
 
-class _Factorisation(Protocol):
-    def solve(self, right_sides: NDArray[np.float64]) -> NDArray[np.float64]: ...
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,11 @@ class DirichletProblem:
 
     def solve(self) -> Solution:
         """Return the probabilities of all labels; those of the last are one minus the others."""
+        # Fronts are small: BLAS threads that wait for one another cost many times what they save.
+        with _blas().limit(limits=1, user_api="blas"):
+            return self._solve()
+
+    def _solve(self) -> Solution:
         factorisation = self._factorise()
         x = factorisation.solve(np.asfortranarray(self.boundary_weights[:, :-1]))
         residual, error = 0.0, 1.0  # no probability is further off
@@ -82,14 +94,21 @@ class DirichletProblem:
                 break
         return Solution(np.column_stack([x, 1 - x.sum(axis=1)]), residual, error)
 
-    def _factorise(self) -> _Factorisation:
+    def _factorise(self) -> Factors:
         n = len(self.boundary_weights)
         first, second = self.edges
         degree = self.boundary_weights.sum(axis=1)
         degree += np.bincount(first, self.weights, n) + np.bincount(second, self.weights, n)
         compact = n >= _LEAST_COMPACT and 2 * self.weights.size >= _COMPACT_MEAN_DEGREE * n
-        solver = MultifrontalCholesky if n >= _LARGE or compact else CheckerboardLU
-        return solver(self.edges, self.weights, degree, self.coordinates)
+        grid = self.edges, self.weights, degree, self.coordinates
+        try:
+            if HAS_CHOLMOD:
+                return Checkerboard(*grid, CholmodFactors)
+            if n >= _LARGE or compact:
+                return MultifrontalCholesky(*grid)
+        except np.linalg.LinAlgError:
+            pass  # A seed too weakly tied for float64: factors without square roots still exist.
+        return Checkerboard(*grid, superlu)
 
     @cached_property
     def _flows(self) -> "_Flows":
