@@ -1,0 +1,177 @@
+"""Compile the CUDA kernels as C++ and run them on the CPU, in the place of `cupy.RawModule`.
+
+Two engines: fibers on one thread, whose order a seed decides, as a shared library; and a thread for
+each CUDA thread under ThreadSanitizer, as a program that is run once a launch.
+"""
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+_KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
+_CTYPES = {"int": ctypes.c_int, "unsigned": ctypes.c_uint}
+# Sums round as on a device: no multiply-add. Alignment and so on are undefined behaviour there too.
+_FLAGS = ["-std=c++20", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w"]
+
+
+class RaceError(AssertionError):
+    """ThreadSanitizer has seen two threads at one place, or threads wait for ever."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of a kernel."""
+
+    type: str
+    name: str
+
+    @property
+    def is_pointer(self):
+        return self.type.endswith("*")
+
+
+def kernels_of(source):
+    """Return the parameters of each kernel in `source`, by its name."""
+    return {
+        name: [Parameter(*one.strip().rsplit(" ", 1)) for one in parameters.split(",")]
+        for name, parameters in _KERNEL.findall(source)
+    }
+
+
+def compiler_is_missing():
+    """Return why no kernel can be compiled here, or None."""
+    return None if shutil.which("g++") else "g++ is not installed"
+
+
+def _compile(code, flags, suffix):
+    """Return the path of a compiled `code`, made once a session."""
+    key = hashlib.sha256(repr((code, flags, suffix)).encode()).hexdigest()[:16]
+    path = Path(_session_folder().name) / f"{key}{suffix}"
+    if not path.exists():
+        command = ["g++", "-x", "c++", "-", *_FLAGS, *flags, f"-I{FOLDER}", "-o", str(path)]
+        done = subprocess.run(command, input=code, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+    return path
+
+
+@functools.cache
+def _session_folder():
+    return TemporaryDirectory(prefix="gpuroi-kernels-")
+
+
+def _defines(options):
+    return [option for option in options if option.startswith("-D")]
+
+
+class Fibers:
+    """A `gpuroi.backends._kernels.Compiler`; every launch has another order of threads."""
+
+    def __init__(self, seed=0):
+        self._seeds = np.random.default_rng(seed)
+
+    def __call__(self, source, options):
+        kernels = kernels_of(source)
+        wrappers = [
+            f'extern "C" int run_{name}(unsigned blocks, unsigned threads, unsigned seed, '
+            + ", ".join(f"{one.type} {one.name}" for one in parameters)
+            + ") { return engine::launch(blocks, threads, seed, [=] { "
+            + f"{name}({', '.join(one.name for one in parameters)}); }}); }}"
+            for name, parameters in kernels.items()
+        ]
+        code = "\n".join(['#include "fibers.h"', '#include "device.h"', source, *wrappers])
+        path = _compile(code, ["-O1", "-shared", "-fPIC", *_defines(options)], ".so")
+        return _FibersModule(ctypes.CDLL(str(path)), kernels, self._seeds)
+
+
+@dataclass(frozen=True)
+class _FibersModule:
+    library: ctypes.CDLL
+    kernels: dict
+    seeds: np.random.Generator
+
+    def get_function(self, name):
+        def run(blocks, threads, arguments):
+            parameters = self.kernels[name]
+            passed = [
+                _by_ctypes(parameter, argument)
+                for parameter, argument in zip(parameters, arguments, strict=True)
+            ]
+            seed = ctypes.c_uint(self.seeds.integers(2**32))
+            function = getattr(self.library, f"run_{name}")
+            if function(ctypes.c_uint(*blocks), ctypes.c_uint(*threads), seed, *passed):
+                raise RaceError(f"{name}: threads wait at a barrier for others that have ended")
+
+        return run
+
+
+def _by_ctypes(parameter, argument):
+    if not parameter.is_pointer:
+        return _CTYPES[parameter.type](int(argument))
+    if isinstance(argument, np.ndarray):
+        assert argument.flags.c_contiguous
+        return ctypes.c_void_p(argument.ctypes.data)
+    assert argument == 0
+    return ctypes.c_void_p(0)
+
+
+class Threads:
+    """A `gpuroi.backends._kernels.Compiler` whose launches raise `RaceError` on a data race."""
+
+    def __call__(self, source, options):
+        kernels = kernels_of(source)
+        cases = []
+        for name, parameters in kernels.items():
+            arguments = [
+                f"({one.type})pointer({place})"
+                if one.is_pointer
+                else f"({one.type})scalar({place})"
+                for place, one in enumerate(parameters)
+            ]
+            cases.append(
+                f'if (name == "{name}") kernel = [] {{ {name}({", ".join(arguments)}); }};'
+            )
+        program = (FOLDER / "program.cpp").read_text().replace("// CASES", "\n    ".join(cases))
+        code = "\n".join(['#include "threads.h"', '#include "device.h"', source, program])
+        flags = ["-O1", "-g", "-fsanitize=thread", "-pthread", *_defines(options)]
+        return _ThreadsModule(_compile(code, flags, ""), kernels)
+
+
+@dataclass(frozen=True)
+class _ThreadsModule:
+    program: Path
+    kernels: dict
+
+    def get_function(self, name):
+        def run(blocks, threads, arguments):
+            parts = [f"{name} {blocks[0]} {threads[0]} {len(arguments)}\n".encode()]
+            arrays = [one for one in arguments if isinstance(one, np.ndarray)]
+            for one in arguments:
+                is_array = isinstance(one, np.ndarray)
+                size, value = (one.nbytes, 0) if is_array else (-1, int(one))
+                parts += [f"{size} {value}\n".encode(), one.tobytes() if is_array else b""]
+            done = subprocess.run(
+                [str(self.program)],
+                input=b"".join(parts),
+                capture_output=True,
+                check=False,
+                timeout=120,
+                env={"TSAN_OPTIONS": "exitcode=66 halt_on_error=1"},
+            )
+            if done.returncode != 0:
+                raise RaceError(f"{name}: {done.stderr.decode(errors='replace')[:4000]}")
+            after = memoryview(done.stdout)
+            for array in arrays:
+                flat = np.frombuffer(after[: array.nbytes], array.dtype)
+                array[...] = flat.reshape(array.shape)
+                after = after[array.nbytes :]
+
+        return run

@@ -1,0 +1,82 @@
+// CUDA on CPU threads, one for each CUDA thread, so that ThreadSanitizer sees every race.
+#pragma once
+#include <barrier>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace engine {
+
+constexpr int LIVE_BLOCKS = 3;
+
+struct Block {
+    std::unique_ptr<std::barrier<>> barrier;
+    std::vector<std::unique_ptr<std::barrier<>>> warps;
+    std::vector<uint64_t> deposits;
+};
+
+static Block blocks[LIVE_BLOCKS];
+static unsigned n_threads;
+static thread_local int own_slot, own_thread;
+static thread_local unsigned own_block;
+
+inline void run(int slot, int thread, unsigned block, const std::function<void()>& kernel) {
+    own_slot = slot;
+    own_thread = thread;
+    own_block = block;
+    kernel();
+    // As on a device, those that have ended are not waited for.
+    blocks[slot].barrier->arrive_and_drop();
+    blocks[slot].warps[thread / 32]->arrive_and_drop();
+}
+
+inline int launch(unsigned n_blocks, unsigned threads_a_block, unsigned, std::function<void()> kernel) {
+    n_threads = threads_a_block;
+    for (unsigned first = 0; first < n_blocks; first += LIVE_BLOCKS) {
+        std::vector<std::thread> running;
+        int n_live = std::min<unsigned>(LIVE_BLOCKS, n_blocks - first);
+        for (int s = 0; s < n_live; s++) {
+            blocks[s].barrier = std::make_unique<std::barrier<>>(n_threads);
+            blocks[s].warps.clear();
+            for (unsigned warp = 0; warp < (n_threads + 31) / 32; warp++) {
+                unsigned n = std::min(32u, n_threads - 32 * warp);
+                blocks[s].warps.push_back(std::make_unique<std::barrier<>>(n));
+            }
+            blocks[s].deposits.assign(n_threads, 0);
+        }
+        for (int s = 0; s < n_live; s++) {
+            for (unsigned t = 0; t < n_threads; t++) {
+                running.emplace_back(run, s, (int)t, first + s, std::cref(kernel));
+            }
+        }
+        for (std::thread& one : running) one.join();
+    }
+    return 0;
+}
+
+inline int slot() { return own_slot; }
+inline int thread() { return own_thread; }
+inline unsigned block() { return own_block; }
+inline uint64_t* deposits() { return blocks[own_slot].deposits.data(); }
+inline void wait_for_block() { blocks[own_slot].barrier->arrive_and_wait(); }
+inline void wait_for_warp() { blocks[own_slot].warps[own_thread / 32]->arrive_and_wait(); }
+
+}  // namespace engine
+
+// Relaxed, as volatile accesses and atomics are on a device.
+inline int load(const int* place) { return __atomic_load_n(place, __ATOMIC_RELAXED); }
+inline void store(int* place, int value) { __atomic_store_n(place, value, __ATOMIC_RELAXED); }
+template <class T>
+T atomicAdd(T* place, T value) {
+    return __atomic_fetch_add(place, value, __ATOMIC_RELAXED);
+}
+template <class T>
+T atomicMin(T* place, T value) {
+    T before = __atomic_load_n(place, __ATOMIC_RELAXED);
+    while (value < before) {
+        if (__atomic_compare_exchange_n(place, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) break;
+    }
+    return before;
+}
