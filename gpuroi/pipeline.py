@@ -31,6 +31,7 @@ from gpuroi.types import Array, FloatArray, ImageLike
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
+_V = TypeVar("_V")
 
 # Affines in NIfTI headers are float32: a volume in mm^3 is known to about seven digits.
 _VOLUME_TOLERANCE = 1e-6
@@ -41,14 +42,15 @@ def extract_maps(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> It
     parameters = recipe.describe()
     masks_of = _masks_by_grid(recipe)
 
-    def on_device(batch: list[_Prepared]) -> list[_OnDevice]:
+    def on_device(batch: list[_Prepared], upload: _Upload) -> list[_OnDevice]:
         source = batch[0].source
         masks = masks_of(source)
-        volumes = [prepared.volume for prepared in batch]
-        host = volumes[0][np.newaxis] if len(batch) == 1 else np.stack(volumes)
-        return in_pieces(
-            backend, host, lambda piece: _on_device(piece, source, masks, recipe, backend)
-        )
+
+        def step(piece: NDArray[Any]) -> list[_OnDevice]:
+            maps = upload.arrived() if piece is upload.host else backend.to_device(piece)
+            return _on_device(maps, source, masks, recipe, backend)
+
+        return in_pieces(backend, upload.host, step)
 
     def on_host(batch: list[_Prepared], found: list[_OnDevice]) -> list[Regions]:
         return [
@@ -57,15 +59,36 @@ def extract_maps(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> It
         ]
 
     batches = _batches(map(_prepare, maps), backend.batch_bytes)
-    if recipe.method == "local_regions" and backend.batch_bytes > 1:
-        yield from _overlapped(batches, on_device, on_host)
-    else:
+    if backend.batch_bytes == 1:
         for batch in batches:
-            yield from on_host(batch, on_device(batch))
+            yield from on_host(batch, on_device(batch, _Upload.begin(batch, backend)))
+        return
+    ahead = _one_ahead((batch, _Upload.begin(batch, backend)) for batch in batches)
+    if recipe.method == "local_regions":
+        yield from _overlapped(ahead, on_device, on_host)
+    else:
+        for batch, upload in ahead:
+            yield from on_host(batch, on_device(batch, upload))
+
+
+def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
+    """Yield `items`, each after the next one has been made: its copy runs meanwhile."""
+    made: list[_T] = []
+    try:
+        for item in items:
+            made.append(item)
+            if len(made) == 2:
+                yield made.pop(0)
+    except Exception:
+        yield from made  # what came before the failure is not lost to it
+        raise
+    yield from made
 
 
 def _overlapped(
-    batches: Iterable[_T], on_device: Callable[[_T], _U], on_host: Callable[[_T, _U], list[Regions]]
+    batches: Iterable[tuple[_T, _V]],
+    on_device: Callable[[_T, _V], _U],
+    on_host: Callable[[_T, _U], list[Regions]],
 ) -> Iterator[Regions]:
     """Yield the results of all batches; a thread solves one while the device works on the next.
 
@@ -74,8 +97,8 @@ def _overlapped(
     """
     with ThreadPoolExecutor(max_workers=1) as solver:
         solving: Future[list[Regions]] | None = None
-        for batch in batches:
-            found = on_device(batch)
+        for batch, upload in batches:
+            found = on_device(batch, upload)
             if solving is not None:
                 yield from solving.result()
             solving = solver.submit(on_host, batch, found)
@@ -95,6 +118,24 @@ class _Prepared:
     def fits(self, other: "_Prepared") -> bool:
         """Return whether both can go through the backend as one batch."""
         return self.volume.dtype == other.volume.dtype and _same_grid(self.source, other.source)
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """A batch on its way to the device."""
+
+    host: NDArray[Any]  # (B, X, Y, Z)
+    arrived: Callable[[], Array]
+
+    @classmethod
+    def begin(cls, batch: list[_Prepared], backend: Backend) -> "_Upload":
+        """Stack the volumes and begin to copy them; if there is no room yet, when it arrives."""
+        volumes = [prepared.volume for prepared in batch]
+        host = volumes[0][np.newaxis] if len(batch) == 1 else np.stack(volumes)
+        try:
+            return cls(host, backend.upload(host))
+        except MemoryError:
+            return cls(host, lambda: backend.to_device(host))
 
 
 @dataclass(frozen=True)
@@ -177,16 +218,15 @@ def _same_grid(one: io.Map, other: io.Map) -> bool:
 
 
 def _on_device(
-    host: NDArray[Any], source: io.Map, masks: _Masks, recipe: Recipe, backend: Backend
+    maps: Array, source: io.Map, masks: _Masks, recipe: Recipe, backend: Backend
 ) -> list[_OnDevice]:
-    """Threshold `host` ``(B, X, Y, Z)``, and find regions or seeds."""
+    """Threshold `maps` ``(B, X, Y, Z)``, and find regions or seeds."""
     xp = backend.xp
-    maps = backend.to_device(host)
     if masks.brain is not None:
         maps = xp.where(backend.to_device(masks.brain), maps, maps.dtype.type(0))
 
-    scores: list[float | None] = [None] * len(host)
-    n_ranked: list[int | None] = [None] * len(host)
+    scores: list[float | None] = [None] * len(maps)
+    n_ranked: list[int | None] = [None] * len(maps)
     if recipe.threshold.is_percentile:
         population = None
         if masks.population is not None:
@@ -199,11 +239,11 @@ def _on_device(
             population,
             nonzero_only=isinstance(recipe.population, str) and recipe.population == "nonzero",
         )
-        cutoffs = cutoff_above(exact_scores, host.dtype)
+        cutoffs = cutoff_above(exact_scores, maps.dtype)
         scores = [None if math.isnan(score) else score for score in exact_scores.tolist()]
         n_ranked = ranked.tolist()
     else:
-        cutoffs = cutoff_at(recipe.threshold.value, len(host), host.dtype)
+        cutoffs = cutoff_at(recipe.threshold.value, len(maps), maps.dtype)
 
     found: list[LabelledVoxels | Contest]
     if recipe.method == "local_regions":

@@ -12,8 +12,8 @@ from nilearn.datasets import load_sample_motor_activation_image
 from scipy import ndimage
 
 from gpuroi.backends.cpu import CpuBackend
-from gpuroi.backends.cuda import CudaBackend
 from gpuroi.testing import require_backend
+from tests.cuda_on_cpu import library_on_cpu
 
 AFFINES = {
     "1 mm": np.eye(4),
@@ -30,7 +30,7 @@ BACKENDS = {
     "cpu": "cpu",
     "cuda": "cuda",
     "cpu without cc3d": CpuBackend(use_cc3d=False),
-    "cuda on numpy": CudaBackend(np, ndimage, "NumPy in the place of CuPy", {}),
+    "cuda on numpy": library_on_cpu(),
 }
 
 

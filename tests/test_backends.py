@@ -5,14 +5,13 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
-from scipy import ndimage
 
 from gpuroi import backends
 from gpuroi.backends._select import order_statistic
 from gpuroi.backends.cpu import CpuBackend, cc3d
-from gpuroi.backends.cuda import CudaBackend
 from gpuroi.errors import BackendUnavailableError, UnknownBackendError
 from gpuroi.testing import BackendContract, is_required, make_maps, require_backend
+from tests.cuda_on_cpu import library_on_cpu
 
 
 class TestInstalledBackends(BackendContract):
@@ -27,8 +26,8 @@ class TestCpuBackendWithoutExtras(BackendContract):
         return CpuBackend(use_cc3d=False)
 
 
-class TestCudaBackendOnNumpy(BackendContract):
-    """The lines of the CUDA backend, with NumPy and SciPy in the place of CuPy.
+class TestLibraryVerbsOnNumpy(BackendContract):
+    """The lines of the CUDA backend that call CuPy, with NumPy and SciPy in the place of CuPy.
 
     Shows that the array operations are the right ones; how CuPy carries them out on a device is
     for the run with GPUROI_REQUIRE=cuda to show.
@@ -36,7 +35,7 @@ class TestCudaBackendOnNumpy(BackendContract):
 
     @pytest.fixture
     def backend(self):
-        return CudaBackend(np, ndimage, "NumPy in the place of CuPy", {})
+        return library_on_cpu()
 
 
 @pytest.mark.skipif(cc3d is None, reason="connected-components-3d is not installed")
@@ -63,8 +62,8 @@ def test_cucim_labels_agree_with_the_cuda_backend():
 
 
 def test_volumes_beyond_the_index_range_of_one_launch_go_in_pieces(monkeypatch):
-    monkeypatch.setattr("gpuroi.backends.cuda._MAX_VOXELS", 2 * 5 * 6 * 7)
-    cuda = CudaBackend(np, ndimage, "", {})
+    monkeypatch.setattr("gpuroi.backends._library._MAX_VOXELS", 2 * 5 * 6 * 7)
+    cuda = library_on_cpu()
     maps = make_maps("smooth", (5, 5, 6, 7), "float32", 3)
     cutoffs = np.linspace(0.2, 1, 5).astype(np.float32)
     pieces = cuda.components(maps, cutoffs, "both", 18, 2)
@@ -72,7 +71,7 @@ def test_volumes_beyond_the_index_range_of_one_launch_go_in_pieces(monkeypatch):
         pieces, CpuBackend().components(maps, cutoffs, "both", 18, 2), strict=True
     ):
         np.testing.assert_array_equal(actual, expected)
-    monkeypatch.setattr("gpuroi.backends.cuda._MAX_VOXELS", 100)
+    monkeypatch.setattr("gpuroi.backends._library._MAX_VOXELS", 100)
     with pytest.raises(ValueError, match="a volume of 210 voxels is too large for 32-bit labels"):
         cuda.components(maps, cutoffs, "both", 18, 2)
 

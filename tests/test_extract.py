@@ -12,11 +12,11 @@ from scipy import ndimage, stats
 
 import gpuroi
 from gpuroi.backends.cpu import CpuBackend
-from gpuroi.backends.cuda import CudaBackend
 from gpuroi.datasets import load_sample_motor_activation_image
 from gpuroi.errors import DeviceMemoryError, InvalidMapError
 from gpuroi.result import COLUMNS
 from gpuroi.testing import make_maps, require_backend
+from tests.cuda_on_cpu import copied, library_on_cpu
 
 AFFINES = {
     "2 mm": np.diag([2.0, 2.0, 2.0, 1.0]),
@@ -45,7 +45,7 @@ class TestLabels:
     @pytest.mark.parametrize("threshold", ["99%", "97%", "90%", "80%", 3.0])
     def test_every_backend_finds_the_same_regions_of_the_real_map(self, sample, name, threshold):
         backends = [CpuBackend(use_cc3d=False), require_backend(name)]
-        backends.append(CudaBackend(np, ndimage, "", {}))
+        backends.append(library_on_cpu())
         expected, *others = (
             gpuroi.extract_regions(sample, threshold, min_region_size=200, backend=backend)
             for backend in backends
@@ -110,7 +110,7 @@ class TestSeries:
             image(np.stack([blobs(seed=2), blobs(seed=3)], axis=-1)),
             image((blobs() * 10).astype(np.int16)),
         ]
-        backend = CudaBackend(np, ndimage, "", {})  # takes batches
+        backend = library_on_cpu()  # takes batches
         results = gpuroi.extract_regions(images, "90%", backend=backend)
         alone = [
             regions
@@ -125,26 +125,25 @@ class TestSeries:
         assert gpuroi.extract_regions([]) == []
 
     def test_a_batch_that_does_not_fit_is_halved(self):
-        class Small(CudaBackend):
-            limit = 2
+        limit = 2
 
-            def to_device(self, host):
-                if host.ndim == 4 and len(host) > self.limit:
-                    raise MemoryError(f"cannot allocate {host.nbytes} bytes")
-                return super().to_device(host)
+        def uploads(host):
+            if host.ndim == 4 and len(host) > limit:
+                raise MemoryError(f"cannot allocate {host.nbytes} bytes")
+            return copied(host)
 
         images = [image(blobs(seed=seed)) for seed in range(7)]
-        backend = Small(np, ndimage, "a small device", {})
+        backend = library_on_cpu(uploads)
         for regions, one in zip(
             gpuroi.extract_regions(images, "95%", backend=backend), images, strict=True
         ):
             np.testing.assert_array_equal(regions.labels, gpuroi.extract_regions(one, "95%").labels)
 
-        backend.limit = 0
+        limit = 0
         with pytest.raises(
             DeviceMemoryError,
-            match=r"one volume of shape \(12, 14, 16\) .* does not fit on a small device: cannot "
-            r"allocate 10752 bytes; pass backend='cpu'",
+            match=r"one volume of shape \(12, 14, 16\) .* does not fit on a CPU in the place of a "
+            r"GPU: cannot allocate 10752 bytes; pass backend='cpu'",
         ):
             gpuroi.extract_regions(images[0], backend=backend)
 

@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy import ndimage, stats
+from scipy import stats
 
 import gpuroi
 from gpuroi import arrays
 from gpuroi.backends.cpu import CpuBackend
-from gpuroi.backends.cuda import CudaBackend
 from gpuroi.testing import expected_labels
 from gpuroi.types import CONNECTIVITIES, TAILS
+from tests.cuda_on_cpu import library_on_cpu
 
 BACKENDS = {
     "cpu": CpuBackend(),
     "cpu without cc3d": CpuBackend(use_cc3d=False),
-    "cuda on numpy": CudaBackend(np, ndimage, "NumPy in the place of CuPy", {}),
+    "cuda on numpy": library_on_cpu(),
 }
 DTYPES = ("float16", "float32", "float64", ">f4", ">f8", "int8", "uint8", "int16", ">i2", "int32")
 

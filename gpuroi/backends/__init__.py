@@ -8,6 +8,7 @@ verbs of `Backend`, or raises `BackendUnavailableError` with the reason. It must
 import importlib
 import os
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -35,7 +36,7 @@ class LabelledVoxels:
 
 
 class Backend(Protocol):
-    """Six verbs and two doors: all that differs between a CPU and a GPU.
+    """Five verbs and three doors: all that differs between a CPU and a GPU.
 
     `maps` are a batch of volumes ``(B, X, Y, Z)``: finite values, float32 or float64, C-contiguous,
     native byte order, in the backend's own memory. Every backend returns the same bits.
@@ -51,6 +52,13 @@ class Backend(Protocol):
 
     def to_device(self, host: NDArray[np.generic]) -> Array:
         """Return `host` as a C-contiguous array of this backend."""
+
+    def upload(self, host: NDArray[np.generic]) -> Callable[[], Array]:
+        """Begin to copy `host`, and return a function that gives what `to_device` would.
+
+        To be called once, when the array is needed: until then the device does other work. `host`
+        may change meanwhile.
+        """
 
     def to_host(self, array: Array) -> Any:
         """Return `array` as a NumPy array, waiting until it has been computed."""

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -56,6 +57,10 @@ class CpuBackend:
     def to_device(self, host: NDArray[np.generic]) -> NDArray[np.generic]:
         """See `gpuroi.backends.Backend.to_device`; any memory layout will do."""
         return host
+
+    def upload(self, host: NDArray[np.generic]) -> Callable[[], NDArray[np.generic]]:
+        """See `gpuroi.backends.Backend.upload`."""
+        return lambda: host
 
     def to_host(self, array: NDArray[np.generic]) -> NDArray[np.generic]:
         """See `gpuroi.backends.Backend.to_host`."""

@@ -1,29 +1,37 @@
-"""The CUDA backend: every verb in calls of CuPy, one launch sequence for a whole batch.
+"""The CUDA backend: each verb by CuPy or by a kernel of our own, whichever has proven itself.
 
-Labels come from ``cupyx.scipy.ndimage.label``, which numbers as SciPy does and takes the batch as
-one 4-D array; cuCIM's ``measure.label`` is the same kernels without a structuring element, volume
-by volume, and serves the tests as an oracle. Library calls that round differently
-from SciPy (percentiles, Gaussian filters) are replaced by exact ones made of array operations.
+A library call is the first version of every verb. A kernel takes its place in `PROVEN` when a
+recorded run on a GPU has shown it identical and faster; docs/cuda.md names the record. Until then
+``GPUROI_CUDA_KERNELS=own`` chooses the kernels, and ``library`` chooses CuPy for every verb.
 """
 
 import importlib.metadata
-import math
-from itertools import pairwise
+import os
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage as scipy_ndimage
 
-from gpuroi.backends import LabelledVoxels, _keys
+from gpuroi.backends import LabelledVoxels
+from gpuroi.backends._kernels import KernelVerbs
+from gpuroi.backends._library import LibraryVerbs
+from gpuroi.backends._uploads import PinnedUploads
 from gpuroi.errors import BackendUnavailableError
 from gpuroi.types import Array, Connectivity, FloatArray, Tail
 
-# Flat voxel indices of one launch sequence are 32-bit.
-_MAX_VOXELS = 2**31 - 2
+ENVIRONMENT_VARIABLE = "GPUROI_CUDA_KERNELS"
 
-_SIDES: tuple[Tail, Tail] = ("positive", "negative")
+VERBS = ("order_statistics", "components", "smooth", "local_maxima")
+
+#: The verbs whose kernels a recorded run on a GPU has shown identical and faster: none so far.
+PROVEN: frozenset[str] = frozenset()
+
+# 70 maps at 2 mm: enough work for every launch.
+_MOST_BATCH_BYTES = 256 * 2**20
+# The library's verbs need up to this many times the memory of the maps.
+_BYTES_A_BYTE = 24
 
 _EXTRA = "pip install 'gpuroi[cuda13]' (or 'gpuroi[cuda12]' for a driver of CUDA 12)"
 
@@ -59,34 +67,98 @@ def load() -> "CudaBackend":
         "cuda-runtime": str(cupy.cuda.runtime.runtimeGetVersion()),
         "cuda-driver": str(cupy.cuda.runtime.driverGetVersion()),
     }
-    return CudaBackend(cupy, cupyx.scipy.ndimage, properties["name"].decode(), packages)
+    library = LibraryVerbs(cupy, cupyx.scipy.ndimage)
+    kernels = KernelVerbs(cupy, lambda code, options: cupy.RawModule(code=code, options=options))
+    return CudaBackend(
+        cupy,
+        {verb: kernels if verb in chosen_kernels() else library for verb in VERBS},
+        device=properties["name"].decode(),
+        packages=packages,
+        uploads=PinnedUploads(cupy),
+        free_bytes=lambda: _free_bytes(cupy),
+    )
+
+
+def chosen_kernels() -> frozenset[str]:
+    """Return the verbs for which the environment, or the record, chooses kernels of our own."""
+    choice = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if choice == "":
+        return PROVEN
+    if choice == "own":
+        return frozenset(VERBS)
+    if choice == "library":
+        return frozenset()
+    raise BackendUnavailableError(
+        f"{ENVIRONMENT_VARIABLE}={choice!r} is neither 'own' nor 'library'; leave it unset for "
+        "the default."
+    )
+
+
+def _free_bytes(cupy: ModuleType) -> int:
+    """Return the memory that new arrays can have: what the device and CuPy's pool hold free."""
+    free, _ = cupy.cuda.Device().mem_info
+    return int(free + cupy.get_default_memory_pool().free_bytes())
 
 
 class CudaBackend:
-    """Every verb as array operations of `xp` on the whole batch.
+    """Every verb on the whole batch, by the object that `verbs` names for it.
 
-    The namespaces are passed in, so that the same lines run on NumPy and SciPy in the tests of
-    machines without a GPU.
+    Parameters
+    ----------
+    xp : module
+        CuPy; or NumPy in the tests of machines without a GPU.
+    verbs : mapping
+        `LibraryVerbs` or `KernelVerbs` for each of `VERBS`.
+    device : str
+        What hardware.
+    packages : mapping
+        Versions that decide the result, besides NumPy's and SciPy's.
+    uploads : callable
+        Begins to copy an array of the host, and returns a function that gives the device's.
+    free_bytes : callable
+        Says how much memory is free.
     """
 
     name = "cuda"
-    batch_bytes = 256 * 2**20  # 70 maps at 2 mm: enough work for every launch
 
-    def __init__(self, xp: ModuleType, ndimage: Any, device: str, packages: dict[str, str]) -> None:
+    def __init__(
+        self,
+        xp: ModuleType,
+        verbs: Mapping[str, "LibraryVerbs | KernelVerbs"],
+        *,
+        device: str,
+        packages: Mapping[str, str],
+        uploads: Callable[[NDArray[np.generic]], Callable[[], Array]],
+        free_bytes: Callable[[], int],
+    ) -> None:
         self.xp = xp
         self.device = device
-        self._ndimage = ndimage
-        self._versions = packages | {
-            package: importlib.metadata.version(package) for package in ("numpy", "scipy")
+        self._verbs = verbs
+        self._uploads = uploads
+        self._free_bytes = free_bytes
+        by_kernels = [verb for verb in VERBS if isinstance(verbs[verb], KernelVerbs)]
+        self._versions = {
+            **packages,
+            **{package: importlib.metadata.version(package) for package in ("numpy", "scipy")},
+            "cuda-kernels": ", ".join(by_kernels) or "none: CuPy for every verb",
         }
+
+    @property
+    def batch_bytes(self) -> int:
+        """See `gpuroi.backends.Backend.batch_bytes`."""
+        return min(_MOST_BATCH_BYTES, max(1, self._free_bytes() // _BYTES_A_BYTE))
 
     def versions(self) -> dict[str, str]:
         """See `gpuroi.backends.Backend.versions`."""
         return self._versions
 
+    def upload(self, host: NDArray[np.generic]) -> Callable[[], Array]:
+        """See `gpuroi.backends.Backend.upload`."""
+        return self._uploads(host)
+
     def to_device(self, host: NDArray[np.generic]) -> Array:
         """See `gpuroi.backends.Backend.to_device`."""
-        return self.xp.ascontiguousarray(self.xp.asarray(host))
+        return self.upload(host)()
 
     def to_host(self, array: Array) -> Any:
         """See `gpuroi.backends.Backend.to_host`."""
@@ -100,17 +172,8 @@ class CudaBackend:
         population: Array | None,
     ) -> FloatArray:
         """See `gpuroi.backends.Backend.order_statistics`."""
-        xp = self.xp
-        keys = _keys.magnitude(maps) if absolute else _keys.ordered(xp, maps)
-        if population is not None:
-            keys = xp.where(population, keys, _largest(keys))
-        # Row by row: integers in one dimension go through CUB's radix sort.
-        selected = xp.empty(ranks.shape, keys.dtype)
-        for b, (volume, rank) in enumerate(zip(keys, ranks, strict=True)):
-            selected[b] = xp.sort(volume.ravel())[xp.asarray(rank)]
-        dtype = maps.dtype.name
-        values = selected.view(dtype) if absolute else _keys.from_ordered(xp, selected, dtype)
-        return cast(FloatArray, self.to_host(values))
+        verbs = self._verbs["order_statistics"]
+        return verbs.order_statistics(maps, ranks, absolute, population)
 
     def components(
         self,
@@ -121,10 +184,8 @@ class CudaBackend:
         min_voxels: int,
     ) -> tuple[Array, Array]:
         """See `gpuroi.backends.Backend.components`."""
-        index, label, counts = self._regions(maps, cutoffs, tail, connectivity, min_voxels)
-        labels = self.xp.zeros(maps.shape, self.xp.int32)
-        labels.ravel()[index] = label
-        return labels, counts
+        verbs = self._verbs["components"]
+        return verbs.components(maps, cutoffs, tail, connectivity, min_voxels)
 
     def component_voxels(
         self,
@@ -135,144 +196,13 @@ class CudaBackend:
         min_voxels: int,
     ) -> list[LabelledVoxels]:
         """See `gpuroi.backends.Backend.component_voxels`."""
-        found = self._regions(maps, cutoffs, tail, connectivity, min_voxels)
-        index, label, counts = (self.to_host(array) for array in found)  # waits
-        n_voxels = math.prod(maps.shape[1:])
-        bounds = np.searchsorted(index, np.arange(len(maps) + 1) * n_voxels)
-        return [
-            LabelledVoxels(index[start:stop] - b * n_voxels, label[start:stop], n_regions)
-            for b, ((start, stop), n_regions) in enumerate(
-                zip(pairwise(bounds.tolist()), counts.tolist(), strict=True)
-            )
-        ]
-
-    def _regions(
-        self,
-        maps: Array,
-        cutoffs: FloatArray,
-        tail: Tail,
-        connectivity: Connectivity,
-        min_voxels: int,
-    ) -> tuple[Array, Array, Array]:
-        """Return the flat indices in the batch of all regions' voxels, their labels, the counts."""
-        xp = self.xp
-        n_voxels = math.prod(maps.shape[1:])
-        at_once = _MAX_VOXELS // max(1, n_voxels)
-        if at_once == 0:
-            raise ValueError(f"a volume of {n_voxels} voxels is too large for 32-bit labels.")
-        pieces = []
-        for b in range(0, max(1, len(maps)), at_once):
-            piece = slice(b, b + at_once)
-            index, label, counts = self._label_batch(
-                maps[piece], cutoffs[piece], tail, connectivity, min_voxels
-            )
-            pieces.append((index + b * n_voxels, label, counts))
-        if len(pieces) == 1:
-            return pieces[0]
-        indices, labels, all_counts = zip(*pieces, strict=True)
-        return xp.concatenate(indices), xp.concatenate(labels), xp.concatenate(all_counts)
-
-    def _label_batch(
-        self,
-        maps: Array,
-        cutoffs: FloatArray,
-        tail: Tail,
-        connectivity: Connectivity,
-        min_voxels: int,
-    ) -> tuple[Array, Array, Array]:
-        xp = self.xp
-        # No links along the batch axis: one call labels every volume on its own.
-        structure = np.zeros((3, 3, 3, 3), bool)
-        structure[1] = _neighbourhood(connectivity)
-        component = xp.zeros(maps.shape, xp.int32)
-        n_components = 0
-        for side in _SIDES:
-            if tail in ("both", side):
-                foreground = _keys.reaches(xp, maps, cutoffs, side)
-                labels, n = self._ndimage.label(foreground, structure)  # waits
-                component = xp.where(labels > 0, labels + n_components, component)
-                n_components += n
-
-        # From here on the foreground alone; a component is an entry of `sizes` and `first`.
-        index = xp.flatnonzero(component)  # waits
-        own = component.ravel()[index] - 1
-        sizes = xp.bincount(own, minlength=n_components)
-        first = xp.full(n_components, _MAX_VOXELS, xp.int32)
-        xp.minimum.at(first, own, index.astype(xp.int32))
-        large = xp.flatnonzero(sizes >= min_voxels)  # waits
-        large = large[xp.argsort(first[large])]
-        volume = first[large] // max(1, math.prod(maps.shape[1:]))
-        counts = xp.bincount(volume, minlength=len(maps)).astype(xp.int32)
-        before = xp.cumsum(counts) - counts
-        label_of = xp.zeros(n_components, xp.int32)
-        label_of[large] = (xp.arange(large.size) - before[volume] + 1).astype(xp.int32)
-        label = label_of[own]
-        kept = label > 0
-        return index[kept].astype(xp.int64), label[kept], counts
+        verbs = self._verbs["components"]
+        return verbs.component_voxels(maps, cutoffs, tail, connectivity, min_voxels)
 
     def smooth(self, maps: Array, sigma_voxels: tuple[float, float, float]) -> Array:
         """See `gpuroi.backends.Backend.smooth`."""
-        smoothed = maps
-        for axis, sigma in enumerate(sigma_voxels, start=1):
-            if sigma > 0:
-                smoothed = self._smooth_axis(smoothed, axis, _half_kernel(sigma))
-        return smoothed.copy() if smoothed is maps else smoothed
-
-    def _smooth_axis(self, maps: Array, axis: int, weights: NDArray[np.float64]) -> Array:
-        """Return one axis smoothed: the centre first, then pairs from the outside in, as SciPy.
-
-        Each operation is a kernel of its own, so none is fused into a multiply-add.
-        """
-        xp = self.xp
-        radius = weights.size - 1
-        n = maps.shape[axis]
-        lines = xp.moveaxis(maps, axis, -1).astype(xp.float64)
-        # "reflect" of scipy.ndimage: (d c b a | a b c d | d c b a)
-        source = np.arange(-radius, n + radius) % (2 * n)
-        lines = lines[..., xp.asarray(np.where(source < n, source, 2 * n - 1 - source))]
-        total = lines[..., radius : radius + n] * weights[0]
-        for offset in range(radius, 0, -1):
-            before = lines[..., radius - offset : radius - offset + n]
-            after = lines[..., radius + offset : radius + offset + n]
-            total = total + (before + after) * weights[offset]
-        return xp.ascontiguousarray(xp.moveaxis(total.astype(maps.dtype), -1, axis))
+        return self._verbs["smooth"].smooth(maps, sigma_voxels)
 
     def local_maxima(self, maps: Array, distance: int, floors: FloatArray) -> Array:
         """See `gpuroi.backends.Backend.local_maxima`."""
-        xp = self.xp
-        heights, floor_heights = maps, xp.asarray(floors)
-        if maps.dtype == np.float32:
-            # Only single precision is flushed to zero, and only 32 bits fit into the doubles that
-            # filters compute with.
-            heights, floor_heights = (_keys.ordered(xp, values) for values in (maps, floor_heights))
-        width = 2 * distance + 1
-        # Outside counts as 0, which is the key of 0.0 too: below every maximum that may be found.
-        highest = self._ndimage.maximum_filter(
-            heights, size=(1, width, width, width), mode="constant"
-        )
-        is_seed = (heights == highest) & (heights > floor_heights.reshape(-1, 1, 1, 1))
-        structure = np.zeros((3, 3, 3, 3), bool)
-        structure[1] = _neighbourhood(6)
-        labels, _ = self._ndimage.label(is_seed, structure)  # waits
-        # Numbers run through the batch in C order: let each volume start at 1.
-        numbered = xp.where(labels > 0, labels, _largest(labels))
-        below = numbered.min(axis=(1, 2, 3), keepdims=True) - 1
-        return xp.where(labels > 0, labels - below, 0).astype(xp.int32)
-
-
-def _neighbourhood(connectivity: Connectivity) -> NDArray[np.bool_]:
-    rank = {6: 1, 18: 2, 26: 3}[connectivity]
-    return np.asarray(scipy_ndimage.generate_binary_structure(3, rank))
-
-
-def _largest(integers: Array) -> Any:
-    return integers.dtype.type(np.iinfo(integers.dtype).max)
-
-
-def _half_kernel(sigma: float) -> NDArray[np.float64]:
-    """Return the weights of `scipy.ndimage.gaussian_filter1d`, from the centre outwards."""
-    radius = int(4.0 * sigma + 0.5)
-    offsets = np.arange(-radius, radius + 1)
-    weights: NDArray[np.float64] = np.exp(-0.5 / (sigma * sigma) * offsets**2)
-    weights /= weights.sum()
-    return weights[radius:]
+        return self._verbs["local_maxima"].local_maxima(maps, distance, floors)

@@ -1,0 +1,45 @@
+"""The CUDA backend on machines without a GPU: its array code on NumPy, its kernels as C++."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from gpuroi.backends._kernels import KernelVerbs
+from gpuroi.backends._library import LibraryVerbs
+from gpuroi.backends.cuda import VERBS, CudaBackend
+from tests.cuda_on_cpu.compiler import Fibers, compiler_is_missing
+
+#: Blocks so small that even small volumes have several chunks, each of two warps.
+THREADS, ITEMS = 64, 4
+
+
+def copied(host):
+    """Return a function that gives a copy of `host`, as uploads do."""
+    return lambda: np.array(host, order="C")
+
+
+def on_cpu(verbs, uploads=copied):
+    """Return a CUDA backend whose device is the memory of the host."""
+    return CudaBackend(
+        np,
+        dict.fromkeys(VERBS, verbs),
+        device="a CPU in the place of a GPU",
+        packages={},
+        uploads=uploads,
+        free_bytes=lambda: 2**30,
+    )
+
+
+def library_on_cpu(uploads=copied):
+    """Return the lines that call CuPy, with NumPy and SciPy in its place."""
+    return on_cpu(LibraryVerbs(np, ndimage), uploads)
+
+
+def kernels_on_cpu(compiler=None):
+    """Return the kernels, run by fibers in an order that changes from launch to launch."""
+    return on_cpu(KernelVerbs(np, compiler or Fibers(), THREADS, ITEMS))
+
+
+needs_compiler = pytest.mark.skipif(
+    compiler_is_missing() is not None, reason=str(compiler_is_missing())
+)
