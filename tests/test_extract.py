@@ -16,7 +16,7 @@ from gpuroi.datasets import load_sample_motor_activation_image
 from gpuroi.errors import DeviceMemoryError, InvalidMapError
 from gpuroi.result import COLUMNS
 from gpuroi.testing import make_maps, require_backend
-from tests.cuda_on_cpu import copied, library_on_cpu
+from tests.cuda_on_cpu import library_on_cpu
 
 AFFINES = {
     "2 mm": np.diag([2.0, 2.0, 2.0, 1.0]),
@@ -130,7 +130,7 @@ class TestSeries:
         def uploads(host):
             if host.ndim == 4 and len(host) > limit:
                 raise MemoryError(f"cannot allocate {host.nbytes} bytes")
-            return copied(host)
+            return lambda: host.copy()
 
         images = [image(blobs(seed=seed)) for seed in range(7)]
         backend = library_on_cpu(uploads)

@@ -76,8 +76,8 @@ class _Grid:
 
     @property
     def chunks(self) -> int:
-        """Chunks a volume."""
-        return -(-self.n_voxels // self.size)
+        """Chunks a volume; an empty volume has one too."""
+        return max(1, -(-self.n_voxels // self.size))
 
     @property
     def n_chunks(self) -> int:

@@ -13,26 +13,21 @@ from tests.cuda_on_cpu.compiler import Fibers, compiler_is_missing
 THREADS, ITEMS = 64, 4
 
 
-def copied(host):
-    """Return a function that gives a copy of `host`, as uploads do."""
-    return lambda: np.array(host, order="C")
-
-
-def on_cpu(verbs, uploads=copied):
+def on_cpu(verbs, xp=np, uploads=None):
     """Return a CUDA backend whose device is the memory of the host."""
     return CudaBackend(
-        np,
+        xp,
         dict.fromkeys(VERBS, verbs),
         device="a CPU in the place of a GPU",
         packages={},
-        uploads=uploads,
+        uploads=uploads or (lambda host: lambda: xp.asarray(np.array(host, order="C"))),
         free_bytes=lambda: 2**30,
     )
 
 
-def library_on_cpu(uploads=copied):
+def library_on_cpu(uploads=None):
     """Return the lines that call CuPy, with NumPy and SciPy in its place."""
-    return on_cpu(LibraryVerbs(np, ndimage), uploads)
+    return on_cpu(LibraryVerbs(np, ndimage), uploads=uploads)
 
 
 def kernels_on_cpu(compiler=None):
