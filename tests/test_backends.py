@@ -1,17 +1,22 @@
 """Every backend passes the contract; and how one is found and chosen."""
 
+import re
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from gpuroi import backends
+from gpuroi.backends import cuda
+from gpuroi.backends._library import LibraryVerbs
 from gpuroi.backends._select import order_statistic
 from gpuroi.backends.cpu import CpuBackend, cc3d
 from gpuroi.errors import BackendUnavailableError, UnknownBackendError
 from gpuroi.testing import BackendContract, is_required, make_maps, require_backend
-from tests.cuda_on_cpu import library_on_cpu
+from tests.cuda_on_cpu import kernels_on_cpu, library_on_cpu
 
 
 class TestInstalledBackends(BackendContract):
@@ -84,6 +89,53 @@ def test_a_sample_that_misleads_costs_time_only():
     for absolute in (True, False):
         expected = np.sort(np.abs(values) if absolute else values)[ranks]
         np.testing.assert_array_equal(order_statistic(values, ranks, absolute), expected)
+
+
+class TestChoiceOfKernels:
+    @pytest.mark.parametrize(
+        ("choice", "verbs"),
+        [(None, cuda.PROVEN), ("", cuda.PROVEN), ("own", set(cuda.VERBS)), ("library", set())],
+    )
+    def test_by_the_environment(self, monkeypatch, choice, verbs):
+        if choice is None:
+            monkeypatch.delenv("GPUROI_CUDA_KERNELS", raising=False)
+        else:
+            monkeypatch.setenv("GPUROI_CUDA_KERNELS", choice)
+        assert cuda.chosen_kernels() == verbs
+
+    def test_an_unknown_choice_is_an_error(self, monkeypatch):
+        monkeypatch.setenv("GPUROI_CUDA_KERNELS", "fast")
+        with pytest.raises(
+            UnknownBackendError,
+            match="GPUROI_CUDA_KERNELS='fast' is neither 'own' nor 'library'",
+        ):
+            cuda.chosen_kernels()
+
+    def test_the_versions_name_the_verbs_of_kernels(self):
+        assert library_on_cpu().versions()["cuda-kernels"] == "none: CuPy for every verb"
+        assert kernels_on_cpu().versions()["cuda-kernels"] == ", ".join(cuda.VERBS)
+
+    def test_the_page_says_what_is_the_default_and_which_record_proves_it(self):
+        page = (Path(__file__).parents[1] / "docs" / "cuda.md").read_text()
+        rows = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", page, re.MULTILINE))
+        assert rows == {verb: "kernel" if verb in cuda.PROVEN else "library" for verb in cuda.VERBS}
+
+
+def test_a_batch_takes_a_part_of_the_memory_that_is_free():
+    free = 24 * 1000
+    backend = cuda.CudaBackend(
+        np,
+        dict.fromkeys(cuda.VERBS, LibraryVerbs(np, ndimage)),
+        device="",
+        packages={},
+        uploads=lambda host: lambda: host,
+        free_bytes=lambda: free,
+    )
+    assert backend.batch_bytes == 1000
+    free = 0
+    assert backend.batch_bytes == 1  # a volume goes alone, and fits or does not
+    free = 2**40
+    assert backend.batch_bytes == 256 * 2**20
 
 
 def test_discovery_is_by_file_name():

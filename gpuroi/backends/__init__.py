@@ -147,7 +147,7 @@ def available_backends() -> dict[str, str | None]:
     for name in names():
         try:
             _load(name)
-        except BackendUnavailableError as reason:
+        except (BackendUnavailableError, UnknownBackendError) as reason:
             reasons[name] = str(reason)
         else:
             reasons[name] = None

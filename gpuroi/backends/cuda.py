@@ -18,7 +18,7 @@ from gpuroi.backends import LabelledVoxels
 from gpuroi.backends._kernels import KernelVerbs
 from gpuroi.backends._library import LibraryVerbs
 from gpuroi.backends._uploads import PinnedUploads
-from gpuroi.errors import BackendUnavailableError
+from gpuroi.errors import BackendUnavailableError, UnknownBackendError
 from gpuroi.types import Array, Connectivity, FloatArray, Tail
 
 ENVIRONMENT_VARIABLE = "GPUROI_CUDA_KERNELS"
@@ -88,7 +88,7 @@ def chosen_kernels() -> frozenset[str]:
         return frozenset(VERBS)
     if choice == "library":
         return frozenset()
-    raise BackendUnavailableError(
+    raise UnknownBackendError(  # which "auto" does not pass over in silence
         f"{ENVIRONMENT_VARIABLE}={choice!r} is neither 'own' nor 'library'; leave it unset for "
         "the default."
     )
