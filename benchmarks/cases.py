@@ -66,7 +66,7 @@ def components(tiny: bool = False) -> Iterator[Comparison]:
         yield many_regions()
         # Large arrays teach malloc to keep its pages, which spares nilearn more than gpuroi.
         name = "3 mm, after large arrays"
-        yield _against_nilearn(name, maps["3 mm"], "97%", 1500.0, (1, 1))
+        yield _against_nilearn(name, maps["3 mm"], "97%", 1500.0, promised["3 mm"])
 
 
 def white_noise() -> Comparison:

@@ -57,7 +57,13 @@ def percentile_cutoff(
     backend, batch = _batch(maps)
     check_choice("tail", tail, TAILS)
     if population is not None:
-        population = backend.xp.broadcast_to(backend.xp.asarray(population, bool), batch.shape)
+        population = backend.xp.asarray(population, bool)
+        if population.shape not in (maps.shape, batch.shape[1:]):
+            raise ValueError(
+                f"population has shape {population.shape}; pass {maps.shape} as the maps, or one "
+                f"volume {batch.shape[1:]} for all."
+            )
+        population = backend.xp.broadcast_to(population, batch.shape)
     scores, _ = percentile_scores(backend, batch, percentile, tail, population)
     return scores if maps.ndim == 4 else float(scores[0])
 
@@ -183,7 +189,12 @@ def _batch_sizes(xp: ModuleType, labels: Array) -> Array:
         raise TypeError(f"labels are {labels.dtype}; pass integers.")
     n_volumes = len(labels) if labels.ndim == 4 else 1
     rows = labels.reshape(n_volumes, math.prod(labels.shape[-3:])).astype(xp.int64)
-    n = int(rows.max()) + 1 if rows.size else 1  # waits
+    lowest, highest = (int(rows.min()), int(rows.max())) if rows.size else (0, 0)  # waits
+    if lowest < 0 or highest > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"labels go from {lowest} to {highest}; pass 0 (background) to 2147483647."
+        )
+    n = highest + 1
     numbered = rows + n * xp.arange(n_volumes).reshape(-1, 1)
     return xp.bincount(numbered.ravel(), minlength=n * n_volumes).reshape(n_volumes, n)
 
@@ -232,7 +243,13 @@ def _batch(maps: Array) -> tuple[Backend, Array]:
 def _cutoffs(backend: Backend, batch: Array, cutoff: float | Array) -> FloatArray:
     if not isinstance(cutoff, np.ndarray | float | int | list | tuple):
         cutoff = backend.to_host(cutoff)
-    values = np.broadcast_to(np.asarray(cutoff, np.float64), len(batch))
+    values = np.asarray(cutoff, np.float64)
+    if values.shape not in ((), (len(batch),)):
+        raise ValueError(
+            f"cutoff has shape {values.shape}; pass one number, or one for each of the "
+            f"{len(batch)} volumes."
+        )
+    values = np.broadcast_to(values, len(batch))
     if (values < 0).any():
         raise ValueError(f"cutoff={cutoff!r} is below zero; pass magnitudes.")
     return usable_cutoffs(values, batch.dtype)

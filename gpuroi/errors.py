@@ -4,6 +4,9 @@ Every class also derives from the built-in exception that fits it, so that code 
 nilearn (``except ValueError``) keeps working.
 """
 
+import sys
+import warnings
+
 
 class GpuroiError(Exception):
     """Base of every error that gpuroi raises on purpose."""
@@ -31,3 +34,17 @@ class DeviceMemoryError(GpuroiError, MemoryError):
 
 class MissingExtraError(GpuroiError, ImportError):
     """A feature whose optional packages are not installed."""
+
+
+def warn(message: str) -> None:
+    """Warn the user: the warning points at the first line outside gpuroi."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gpuroi."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def shown(value: object) -> str:
+    """Return what an error message shows of `value`: its repr, cut short."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

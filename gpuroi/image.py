@@ -3,7 +3,6 @@
 import math
 import numbers
 import os
-import warnings
 from typing import Any
 
 import nibabel as nib
@@ -15,6 +14,7 @@ from gpuroi.algorithms.threshold import Threshold, cutoff_at, parse_threshold, p
 from gpuroi.arrays import computable
 from gpuroi.backends import Backend, LabelledVoxels, get_backend
 from gpuroi.backends._memory import in_pieces
+from gpuroi.errors import warn
 from gpuroi.masks import load_mask
 from gpuroi.niimg import image_like, load_images, narrowed, voxels
 from gpuroi.types import ImageLike, Tail
@@ -139,9 +139,7 @@ def _cutoff(backend: Backend, ranked: NDArray[Any], threshold: Threshold, two_si
         lowest = ranked.min(initial=0)
         beyond = f"is below {lowest}, the smallest value" if value < lowest else None
     if beyond:
-        warnings.warn(
-            f"threshold={value} {beyond} of the map; no voxel is left.", UserWarning, stacklevel=3
-        )
+        warn(f"threshold={value} {beyond} of the map; no voxel is left.")
     return value
 
 
@@ -163,9 +161,5 @@ def _zero_small_clusters(backend: Backend, data: NDArray[Any], min_voxels: int) 
 def _zero_not_finite(data: NDArray[Any]) -> None:
     not_finite = ~np.isfinite(data)
     if not_finite.any():
-        warnings.warn(
-            f"{np.count_nonzero(not_finite)} voxels are NaN or infinite; they are set to zero.",
-            UserWarning,
-            stacklevel=3,
-        )
+        warn(f"{np.count_nonzero(not_finite)} voxels are NaN or infinite; they are set to zero.")
         data[not_finite] = 0

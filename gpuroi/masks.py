@@ -1,13 +1,11 @@
 """Mask images: read, checked, and brought onto the grid of a map."""
 
-import warnings
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, ndimage
 
 from gpuroi import io
-from gpuroi.errors import DimensionError, InvalidMapError
+from gpuroi.errors import DimensionError, InvalidMapError, warn
 from gpuroi.space import check_affine, same_grid
 from gpuroi.types import ImageLike
 
@@ -52,10 +50,8 @@ def load_mask(
         data = _nearest(data, mask_affine, shape, affine)
     not_finite = ~np.isfinite(data)
     if not_finite.any():
-        warnings.warn(
-            f"{name}: {np.count_nonzero(not_finite)} voxels are NaN or infinite; they are outside.",
-            UserWarning,
-            stacklevel=3,
+        warn(
+            f"{name}: {np.count_nonzero(not_finite)} voxels are NaN or infinite; they are outside."
         )
         data = np.where(not_finite, 0, data)
     is_inside = np.asarray(data != 0)

@@ -2,7 +2,6 @@
 
 import glob
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
 from gpuroi import io
-from gpuroi.errors import DimensionError, InvalidMapError
+from gpuroi.errors import DimensionError, InvalidMapError, warn
 from gpuroi.space import check_affine, same_grid
 from gpuroi.types import ImageLike
 
@@ -36,7 +35,8 @@ def load_images(source: ImageLike | Iterable[ImageLike]) -> SpatialImage:
             if not matches:
                 raise InvalidMapError(f"{source}: no file matches this pattern.")
             return load_images(matches)
-    if isinstance(source, str | os.PathLike | SpatialImage) or not isinstance(source, Iterable):
+    is_one = isinstance(source, str | os.PathLike | SpatialImage | np.ndarray)
+    if is_one or not isinstance(source, Iterable):
         image = io.load(source)
         name = io.describe(source)
         if len(image.shape) not in (3, 4):
@@ -72,11 +72,9 @@ def narrowed(data: NDArray[Any]) -> NDArray[Any]:
         return data
     int32 = np.iinfo(np.int32)
     fits = int32.min <= data.min(initial=0) and data.max(initial=0) <= int32.max
-    warnings.warn(
+    warn(
         "the voxels are 64-bit integers, which most tools do not read; the result is "
-        f"{'int32' if fits else 'the same, because some do not fit into 32 bits'}.",
-        UserWarning,
-        stacklevel=3,
+        f"{'int32' if fits else 'the same, because some do not fit into 32 bits'}."
     )
     return data.astype(np.int32) if fits else data
 

@@ -5,7 +5,6 @@ The one place where the native door hands maps to a backend, and where millimetr
 
 import importlib.metadata
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -16,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuroi import io
-from gpuroi.algorithms.checkerboard import HAS_CHOLMOD
 from gpuroi.algorithms.local_regions import Contest, find_seeds, warn_of_undecided
 from gpuroi.algorithms.measure import gather
 from gpuroi.algorithms.threshold import cutoff_above, cutoff_at, one_sided, percentile_scores
 from gpuroi.arrays import computable
 from gpuroi.backends import Backend, LabelledVoxels
 from gpuroi.backends._memory import in_pieces
+from gpuroi.errors import warn
 from gpuroi.masks import load_mask
-from gpuroi.recipe import Method, Recipe
+from gpuroi.recipe import Recipe
 from gpuroi.result import Regions
 from gpuroi.space import same_grid, sigma_voxels
 from gpuroi.types import Array, FloatArray, ImageLike
@@ -157,11 +156,7 @@ def _prepare(source: io.Map) -> _Prepared:
         n_not_finite = int(volume.size - np.count_nonzero(finite))
         volume = np.where(finite, volume, volume.dtype.type(0))
         lowest, highest = volume.min(), volume.max()
-        warnings.warn(
-            f"{source.name}: {n_not_finite} voxels are NaN or infinite; they become background.",
-            UserWarning,
-            stacklevel=2,
-        )
+        warn(f"{source.name}: {n_not_finite} voxels are NaN or infinite; they become background.")
     return _Prepared(source, volume, n_not_finite, float(max(highest, -lowest)))
 
 
@@ -288,12 +283,14 @@ def _regions(
     source = prepared.source
     min_voxels = _min_voxels(recipe, source)
     walks: dict[str, Any] = {}
+    packages = ["nibabel"]
     if isinstance(volume.found, LabelledVoxels):
         voxels = volume.found
     else:
         voxels, confidence = volume.found.settle(min_voxels)
         warn_of_undecided(source.name, confidence)
         walks = {"random_walker": asdict(confidence)}
+        packages += ["cvxopt"] * ("cholmod" in confidence.solvers)
     return Regions(
         voxels=gather(voxels, prepared.volume),
         affine=source.affine,
@@ -315,14 +312,13 @@ def _regions(
             **walks,
             "backend": backend.name,
             "device": backend.device,
-            "versions": _versions(recipe.method) | backend.versions(),
+            "versions": _versions(*packages) | backend.versions(),
         },
     )
 
 
 @cache
-def _versions(method: Method) -> dict[str, str]:
+def _versions(*packages: str) -> dict[str, str]:
     from gpuroi import __version__
 
-    packages = ["nibabel"] + ["cvxopt"] * (method == "local_regions" and HAS_CHOLMOD)
     return {"gpuroi": __version__} | {name: importlib.metadata.version(name) for name in packages}

@@ -12,6 +12,7 @@ from gpuroi import io
 from gpuroi.algorithms.local_regions import SEED_DISTANCE_VOXELS
 from gpuroi.algorithms.threshold import Threshold, parse_threshold
 from gpuroi.arrays import check_choice
+from gpuroi.errors import shown
 from gpuroi.types import CONNECTIVITIES, TAILS, Connectivity, ImageLike, Tail
 
 Method = Literal["connected_components", "local_regions"]
@@ -114,7 +115,7 @@ def _mask(parameter: str, mask: Any) -> SpatialImage:
     except TypeError:
         also = ", 'all' or 'nonzero'" if parameter == "population" else ""
         raise TypeError(
-            f"{parameter}={mask!r} is a {type(mask).__name__}; pass a path, an image{also}."
+            f"{parameter}={shown(mask)} is a {type(mask).__name__}; pass a path, an image{also}."
         ) from None
 
 

@@ -1,7 +1,7 @@
 """The nilearn door to regions: ``nilearn.regions`` by another import line."""
 
 import math
-import warnings
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from gpuroi.algorithms.measure import RegionVoxels, gather
 from gpuroi.arrays import check_choice
 from gpuroi.backends import Backend, LabelledVoxels, get_backend
 from gpuroi.backends._memory import in_pieces
+from gpuroi.errors import shown, warn
 from gpuroi.masks import load_mask
 from gpuroi.niimg import load_images, voxels
 from gpuroi.recipe import METHODS, at_least_zero
@@ -91,6 +92,11 @@ def connected_regions(
     ((1, 1, 4, 2), [0, 0])
     """
     check_choice("extract_type", extract_type, METHODS)
+    if isinstance(min_region_size, bool) or not isinstance(min_region_size, numbers.Real):
+        raise TypeError(
+            f"min_region_size={shown(min_region_size)} is a {type(min_region_size).__name__}; "
+            "pass mm^3, 0 to keep all regions."
+        )
     if math.isnan(min_region_size):
         raise ValueError(
             f"min_region_size={min_region_size!r} is no volume; pass mm^3, 0 to keep all regions."
@@ -110,18 +116,17 @@ def connected_regions(
     if extract_type == "connected_components":
         find = partial(_components, chosen, min_voxels=min_voxels)
     else:
-        fwhm_mm = at_least_zero("smoothing_fwhm", smoothing_fwhm or 0.0, "mm")
+        asked_mm = 0.0 if smoothing_fwhm is None else smoothing_fwhm
+        fwhm_mm = at_least_zero("smoothing_fwhm", asked_mm, "mm")
         sigma = sigma_voxels(fwhm_mm, image.affine)
         name = io.describe(image)
         find = partial(_local_regions, chosen, sigma=sigma, min_voxels=min_voxels, name=name)
     parts = list(_in_batches(chosen, maps, inside, find))
     index = [number for number, part in enumerate(parts) for _ in range(len(part))]
     if not index:
-        warnings.warn(
+        warn(
             f"no region is larger than min_region_size={min_region_size} mm^3 "
-            f"({min_voxels} voxels or more); there is nothing to return.",
-            UserWarning,
-            stacklevel=2,
+            f"({min_voxels} voxels or more); there is nothing to return."
         )
         return None, None
     return stack_image(parts, image.affine, image.header), index
@@ -149,11 +154,7 @@ def _in_batches(
         for volume, found in zip(volumes, labelled, strict=True):
             yield gather(found, volume)
     if n_not_finite:
-        warnings.warn(
-            f"{n_not_finite} voxels are NaN or infinite; they are background.",
-            UserWarning,
-            stacklevel=3,
-        )
+        warn(f"{n_not_finite} voxels are NaN or infinite; they are background.")
 
 
 def _components(

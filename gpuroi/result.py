@@ -94,6 +94,9 @@ class Regions:
     @cached_property
     def table(self) -> "pd.DataFrame":
         """One row a region; the columns are those of `gpuroi.result.COLUMNS`."""
+        return self._measured()
+
+    def _measured(self) -> "pd.DataFrame":
         import pandas as pd
 
         measures = measure(self.voxels)
@@ -112,7 +115,7 @@ class Regions:
             measures.touches_edge,
         )
         table = pd.DataFrame(dict(enumerate(columns)), index=pd.RangeIndex(len(self)), copy=False)
-        table.columns = _column_names()
+        table.columns = _column_names().copy()  # tables are their owners' to change
         return table
 
     def to_4d_img(self) -> "nib.Nifti1Image":
@@ -134,6 +137,8 @@ class Regions:
 
     def save(self, prefix: str | Path) -> dict[str, Path]:
         """Write the label image, the table and the provenance, each whole or not at all.
+
+        They are written as they were found: changes to `labels` or `table` are not.
 
         Parameters
         ----------
@@ -157,8 +162,8 @@ class Regions:
             )
         }
         paths["labels"].parent.mkdir(parents=True, exist_ok=True)
-        labels = self.labels.astype(io.smallest_label_dtype(len(self)))
-        table = self.table.rename(columns={"label": "index"})
+        labels = self.voxels.labels().astype(io.smallest_label_dtype(len(self)))
+        table = self._measured().rename(columns={"label": "index"})
         table.insert(1, "name", [f"region-{index}" for index in table["index"]])
         io.write_image(io.labels_image(labels, self.affine, self.header), paths["labels"])
         io.write_text(

@@ -116,3 +116,24 @@ def test_cupy_in_cupy_out():
     np.testing.assert_array_equal(
         cuda.to_host(arrays.remove_small(labels[0], 4)), arrays.remove_small(labels[0].get(), 4)
     )
+
+
+def test_shapes_that_do_not_fit_are_told():
+    maps = np.zeros((2, 3, 4, 5), np.float32)
+    with pytest.raises(
+        ValueError, match=r"cutoff has shape \(3,\); pass one number, or one for each of the 2"
+    ):
+        arrays.label(maps, [1, 2, 3])
+    with pytest.raises(ValueError, match=r"population has shape \(4, 5\); pass \(2, 3, 4, 5\)"):
+        arrays.percentile_cutoff(maps, 97, population=np.ones((4, 5), bool))
+    volume = np.ones((3, 4, 5), bool)
+    assert arrays.percentile_cutoff(maps, 97, population=volume).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("label", [-1, 2**40])
+@pytest.mark.parametrize(
+    "function", [arrays.region_sizes, lambda labels: arrays.remove_small(labels, 2)]
+)
+def test_impossible_labels_are_told(label, function):
+    with pytest.raises(ValueError, match=r"labels go from .*; pass 0 \(background\) to 2147483647"):
+        function(np.array([[[0, label]]]))

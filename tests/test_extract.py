@@ -14,6 +14,8 @@ import gpuroi
 from gpuroi.backends.cpu import CpuBackend
 from gpuroi.datasets import load_sample_motor_activation_image
 from gpuroi.errors import DeviceMemoryError, InvalidMapError
+from gpuroi.image import threshold_img
+from gpuroi.regions import connected_regions
 from gpuroi.result import COLUMNS
 from gpuroi.testing import make_maps, require_backend
 from tests.cuda_on_cpu import library_on_cpu
@@ -410,3 +412,49 @@ def test_sizes_forgive_the_rounding_of_affines():
     affine = np.diag([np.float32(2.9999998)] * 3 + [1.0])  # 50 voxels of 27 mm^3, nearly
     assert len(gpuroi.extract_regions(image(data, affine), 3.0, min_region_size=1350)) == 1
     assert len(gpuroi.extract_regions(image(data, affine), 3.0, min_region_size=1351)) == 0
+
+
+def test_warnings_point_at_the_line_of_the_user():
+    data = blobs()
+    data[0, 0, 0] = np.nan
+    img = image(data)
+    for call in (
+        lambda: gpuroi.extract_regions(img),
+        lambda: gpuroi.extract_regions([img], method="local_regions"),
+        lambda: gpuroi.extract_regions(
+            image(blobs()), mask_img=image(np.where(data > 0, 1, data * 0))
+        ),
+        lambda: threshold_img(img, 1.0),
+        lambda: connected_regions(img, 0),
+    ):
+        with pytest.warns(UserWarning, match="NaN or infinite") as caught:
+            call()
+        assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_a_wrong_mask_is_shown_in_a_line():
+    with pytest.raises(
+        TypeError, match=r"mask_img=array.* is a ndarray; pass a path, an image"
+    ) as caught:
+        gpuroi.extract_regions(image(blobs()), mask_img=np.ones((30, 30, 30)))
+    assert len(str(caught.value)) < 200
+
+
+class TestTablesAreTheirOwners:
+    def test_what_one_does_to_a_table_reaches_no_other(self):
+        one, other = (gpuroi.extract_regions(image(blobs()), "90%") for _ in range(2))
+        one.table.columns.name = "mine"
+        assert other.table.columns.name is None
+
+    def test_files_hold_what_was_found(self, tmp_path):
+        regions = gpuroi.extract_regions(image(blobs()), "90%")
+        assert len(regions) > 1
+        expected = regions.save(tmp_path / "before")
+        regions.table["name"] = "anatomy"
+        regions.table["voxels"] = 0
+        regions.labels[:] = 0
+        found = regions.save(tmp_path / "after")
+        assert found["table"].read_text() == expected["table"].read_text()
+        np.testing.assert_array_equal(
+            nib.load(found["labels"]).dataobj, nib.load(expected["labels"]).dataobj
+        )

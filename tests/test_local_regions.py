@@ -9,6 +9,7 @@ from scipy import ndimage
 from scipy.sparse.linalg import splu
 
 import gpuroi
+from gpuroi.algorithms import dirichlet
 from gpuroi.algorithms.checkerboard import HAS_CHOLMOD
 from gpuroi.algorithms.local_regions import Contest, Foreground, warn_of_undecided
 from gpuroi.algorithms.walker import Confidence
@@ -211,11 +212,21 @@ def test_a_peak_beside_the_box_of_an_island_is_found_as_in_the_whole_volume():
     np.testing.assert_array_equal(smoothed, expected)
 
 
-def test_cvxopt_is_named_in_the_versions_where_it_solved():
-    img = image(np.ones((4, 4, 4)))
-    versions = {
-        method: gpuroi.extract_regions(img, 1.0, method=method).provenance["versions"]
-        for method in ("connected_components", "local_regions")
-    }
-    assert ("cvxopt" in versions["local_regions"]) == HAS_CHOLMOD
-    assert "cvxopt" not in versions["connected_components"]
+def test_the_provenance_names_what_solved(monkeypatch):
+    two_peaks = np.zeros((30, 8, 8), np.float32)
+    two_peaks[1:-1, 2:6, 2:6] = 2
+    two_peaks[[4, 25], 4, 4] = 5
+
+    def provenance(data=two_peaks, **options):
+        return gpuroi.extract_regions(image(data), 1.0, **options, backend="cpu").provenance
+
+    contested = provenance(method="local_regions")
+    solver = "cholmod" if HAS_CHOLMOD else "superlu"
+    assert contested["random_walker"]["solvers"] == (solver,)
+    assert ("cvxopt" in contested["versions"]) == HAS_CHOLMOD
+    uncontested = provenance(np.ones((4, 4, 4)), method="local_regions")
+    assert uncontested["random_walker"]["solvers"] == ()
+    for other in (uncontested, provenance()):
+        assert "cvxopt" not in other["versions"]
+    monkeypatch.setattr(dirichlet, "HAS_CHOLMOD", False)
+    assert provenance(method="local_regions")["random_walker"]["solvers"] == ("superlu",)

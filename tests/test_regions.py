@@ -243,13 +243,13 @@ class TestBadParameters:
         [
             ({"extract_type": "local"}, ValueError, "extract_type='local' is not one of 'connec"),
             ({"extract_type": None}, ValueError, "extract_type=None is not one of"),
-            ({"min_region_size": "5"}, TypeError, "must be real number, not str"),
-            ({"min_region_size": None}, TypeError, "must be real number, not NoneType"),
+            ({"min_region_size": "5"}, TypeError, "min_region_size='5' is a str; pass mm"),
+            ({"min_region_size": None}, TypeError, "min_region_size=None is a NoneType"),
             ({"maps_img": 5}, TypeError, "a int is not an image; pass a path or a nibabel image"),
             ({"maps_img": None}, TypeError, "a NoneType is not an image"),
             ({"maps_img": []}, TypeError, "the list of images is empty; pass at least one"),
             ({"maps_img": [5]}, TypeError, "a int is not an image"),
-            ({"maps_img": np.zeros((2, 2, 2))}, TypeError, "a float64 is not an image"),
+            ({"maps_img": np.zeros((2, 2, 2))}, TypeError, "a ndarray is not an image"),
         ],
     )
     def test_raise_what_nilearn_raises(self, islands, answer, kwargs, error, match):
@@ -404,3 +404,17 @@ class TestDeviations:
         assert isinstance(ours, nib.Nifti2Image)
         assert ours.shape[3] == len(index) == 42**3 // 2
         assert np.count_nonzero(ours.dataobj[..., -1]) == 1
+
+
+@pytest.mark.parametrize("size", ["5", None, True])
+def test_a_size_that_is_no_number_is_told(size):
+    img = image(np.ones((3, 3, 3)))
+    with pytest.raises(TypeError, match=r"min_region_size=.* pass mm\^3, 0 to keep all regions"):
+        connected_regions(img, size)
+
+
+def test_an_array_is_no_image():
+    with pytest.raises(TypeError, match="a ndarray is not an image"):
+        connected_regions(np.ones((3, 3, 3), np.float32))
+    with pytest.raises(TypeError, match="smoothing_fwhm"):
+        connected_regions(image(np.ones((3, 3, 3))), 5, smoothing_fwhm=np.array([3, 3, 3]))

@@ -1,6 +1,7 @@
 """The random walker against direct solutions of the whole system, and against nilearn."""
 
 from fractions import Fraction
+from threading import Thread
 
 import nibabel as nib
 import numpy as np
@@ -9,10 +10,11 @@ from nilearn._utils.segmentation import random_walker as nilearn_random_walker
 from nilearn.image import resample_img
 from scipy import ndimage, sparse
 from scipy.sparse.linalg import splu
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import gpuroi
 from gpuroi.algorithms import dirichlet
+from gpuroi.algorithms._blas import one_blas_thread
 from gpuroi.algorithms.checkerboard import HAS_CHOLMOD, Checkerboard, CholmodFactors, superlu
 from gpuroi.algorithms.dirichlet import DirichletProblem
 from gpuroi.algorithms.local_regions import find_seeds
@@ -357,6 +359,27 @@ class TestDirichletProblem:
         monkeypatch.setattr(dirichlet, "CholmodFactors", refuse)
         monkeypatch.setattr(dirichlet, "MultifrontalCholesky", refuse)
         np.testing.assert_array_equal(random_walk_of(volume), expected)
+
+    def test_blas_threads_are_as_before_when_several_have_solved_at_once(self):
+        def blas_threads():
+            info = threadpool_info()
+            return [one["num_threads"] for one in info if one["user_api"] == "blas"]
+
+        inside = []
+
+        def work():
+            for _ in range(20):
+                with one_blas_thread():
+                    inside.append(blas_threads())
+
+        before = blas_threads()
+        threads = [Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert inside == [[1] * len(before)] * 60
+        assert blas_threads() == before
 
     def test_cholmod_refuses_a_matrix_that_is_not_positive_definite(self, library):
         if library == "cholmod":

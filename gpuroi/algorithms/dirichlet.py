@@ -8,11 +8,10 @@ differences, where nothing cancels, until corrections are far below the margins 
 """
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
 from gpuroi.algorithms.checkerboard import (
     HAS_CHOLMOD,
@@ -35,11 +34,6 @@ _COMPACT_MEAN_DEGREE = 5.5
 _LEAST_COMPACT = 15_000
 
 
-@cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()
-
-
 @dataclass(frozen=True)
 class Solution:
     """Probabilities ``(n, k)``, and how far off they may be."""
@@ -47,6 +41,7 @@ class Solution:
     probabilities: NDArray[np.float64]
     residual: float  # largest imbalance of an equation
     error: float  # largest sum of an unknown's last corrections
+    solver: str  # "cholmod", "multifrontal" or "superlu"
 
 
 @dataclass(frozen=True)
@@ -73,12 +68,7 @@ class DirichletProblem:
 
     def solve(self) -> Solution:
         """Return the probabilities of all labels; those of the last are one minus the others."""
-        # Fronts are small: BLAS threads that wait for one another cost many times what they save.
-        with _blas().limit(limits=1, user_api="blas"):
-            return self._solve()
-
-    def _solve(self) -> Solution:
-        factorisation = self._factorise()
+        factorisation, solver = self._factorise()
         x = factorisation.solve(np.asfortranarray(self.boundary_weights[:, :-1]))
         residual, error = 0.0, 1.0  # no probability is further off
         for _ in range(_MOST_REFINEMENTS):
@@ -92,9 +82,9 @@ class DirichletProblem:
             x, error = x + correction, size
             if error <= _ACCURATE:
                 break
-        return Solution(np.column_stack([x, 1 - x.sum(axis=1)]), residual, error)
+        return Solution(np.column_stack([x, 1 - x.sum(axis=1)]), residual, error, solver)
 
-    def _factorise(self) -> Factors:
+    def _factorise(self) -> tuple[Factors, str]:
         n = len(self.boundary_weights)
         first, second = self.edges
         degree = self.boundary_weights.sum(axis=1)
@@ -103,12 +93,12 @@ class DirichletProblem:
         grid = self.edges, self.weights, degree, self.coordinates
         try:
             if HAS_CHOLMOD:
-                return Checkerboard(*grid, CholmodFactors)
+                return Checkerboard(*grid, CholmodFactors), "cholmod"
             if n >= _LARGE or compact:
-                return MultifrontalCholesky(*grid)
+                return MultifrontalCholesky(*grid), "multifrontal"
         except np.linalg.LinAlgError:
             pass  # A seed too weakly tied for float64: factors without square roots still exist.
-        return Checkerboard(*grid, superlu)
+        return Checkerboard(*grid, superlu), "superlu"
 
     @cached_property
     def _flows(self) -> "_Flows":

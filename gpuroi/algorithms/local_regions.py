@@ -5,7 +5,6 @@ segmentation for sparse decompositions", 2014 (doi:10.1007/978-3-319-12289-2_7).
 run on the backend; the competition is solved on the host.
 """
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from gpuroi.algorithms.walker import Confidence, Walk, random_walk
 from gpuroi.backends import Backend, LabelledVoxels, _keys
 from gpuroi.backends._numbering import number_by_first_voxel
+from gpuroi.errors import warn
 from gpuroi.types import Array
 
 #: A seed is the maximum of a window that reaches this far to each side.
@@ -114,10 +114,8 @@ def large_in_seed_order(
 def warn_of_undecided(name: str, confidence: Confidence) -> None:
     """Warn if some voxels of the map `name` could as well have another label."""
     if confidence.n_undecided:
-        warnings.warn(
+        warn(
             f"{name}: {confidence.n_undecided} voxels lie between two regions more closely than "
             f"the random walker can tell (probabilities are good to {confidence.error:.0e}); "
-            "their labels may differ on another machine.",
-            UserWarning,
-            stacklevel=4,
+            "their labels may differ on another machine."
         )

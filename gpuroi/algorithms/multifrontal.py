@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from scipy.linalg import blas, lapack
 from scipy.sparse import csc_array
 
+from gpuroi.algorithms._blas import one_blas_thread
+
 # Below this a part is eliminated as one dense block; smaller leaves cost more in overhead.
 _LEAF_VOXELS = 200
 
@@ -72,6 +74,17 @@ class MultifrontalCholesky:
         degree: NDArray[np.float64],
         coordinates: NDArray[np.int64],
     ) -> None:
+        # Threads that wait for one another in small blocks cost more than they save.
+        with one_blas_thread():
+            self._factorise(edges, weights, degree, coordinates)
+
+    def _factorise(
+        self,
+        edges: NDArray[np.int64],
+        weights: NDArray[np.float64],
+        degree: NDArray[np.float64],
+        coordinates: NDArray[np.int64],
+    ) -> None:
         parts = _Dissection(coordinates).parts
         self._order = np.concatenate([part.unknowns for part in parts])
         place = np.empty(self._order.size, np.int64)
@@ -94,6 +107,10 @@ class MultifrontalCholesky:
 
     def solve(self, right_sides: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the solutions ``(n, k)`` for `right_sides` ``(n, k)``."""
+        with one_blas_thread():
+            return self._solve(right_sides)
+
+    def _solve(self, right_sides: NDArray[np.float64]) -> NDArray[np.float64]:
         x: NDArray[np.float64] = right_sides[self._order]
         for block in self._blocks:
             own = blas.dtrsm(1.0, block.triangle, x[block.begin : block.end], lower=1)

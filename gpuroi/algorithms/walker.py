@@ -32,6 +32,7 @@ class Confidence:
     error: float = 0.0  # estimate of the largest error of a probability
     smallest_margin: float = 1.0  # between the two most probable seeds of a voxel
     n_undecided: int = 0  # voxels whose margin is too close to TIE for `error`
+    solvers: tuple[str, ...] = ()  # that factorised the equations
 
     @classmethod
     def lowest(cls, several: Iterable["Confidence"]) -> "Confidence":
@@ -43,6 +44,7 @@ class Confidence:
                 max(result.error, one.error),
                 min(result.smallest_margin, one.smallest_margin),
                 result.n_undecided + one.n_undecided,
+                tuple(sorted({*result.solvers, *one.solvers})),
             )
         return result
 
@@ -194,5 +196,6 @@ def _solve(
             solution.error,
             float(margin.min()),
             int(np.count_nonzero(~(np.abs(margin - TIE) > 2 * solution.error))),
+            (solution.solver,),
         ),
     )

@@ -30,7 +30,8 @@ def in_pieces(
                 advice = "pass backend='cpu', or free the memory that other processes hold"
             raise DeviceMemoryError(
                 f"one volume of shape {host.shape[1:]} ({host.nbytes / 2**20:.0f} MiB as "
-                f"{host.dtype}) does not fit on {backend.device}: {error}; {advice}."
+                f"{host.dtype}) does not fit on {backend.device}: {error or 'out of memory'}; "
+                f"{advice}."
             ) from error
     half = len(host) // 2
     return in_pieces(backend, host[:half], step) + in_pieces(backend, host[half:], step)
