@@ -1,0 +1,86 @@
+"""Colours: for values, and for regions that lie side by side."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import Colormap, ListedColormap, Normalize
+
+# The palette of Okabe and Ito, "Color Universal Design" (2008), without black: told apart with any
+# colour vision. In an order in which neighbours differ most.
+_SAFE = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#f0e442")
+
+# From the eighth region on they return lighter, then darker: mixed with white or black.
+_SHADES = ((0.0, 0.0), (1.0, 0.45), (0.0, 0.4))
+
+
+def region_colors(n: int, cmap: str | Colormap | None = None) -> list[tuple[float, ...]]:
+    """Return `n` colours (RGBA): those of `cmap` at equal distances, by default safe ones."""
+    if cmap is not None:
+        base = mpl.colormaps[cmap] if isinstance(cmap, str) else cmap
+        return [tuple(color) for color in base(np.linspace(0, 1, n)).tolist()]
+    colors: list[tuple[float, ...]] = []
+    for k in range(n):
+        towards, share = _SHADES[k // len(_SAFE) % len(_SHADES)]
+        pure = mpl.colors.to_rgb(_SAFE[k % len(_SAFE)])
+        red, green, blue = (part + (towards - part) * share for part in pure)
+        colors.append((red, green, blue, 1.0))
+    return colors
+
+
+@dataclass(frozen=True)
+class ValueColors:
+    """How values become colours; those below the threshold are not drawn."""
+
+    cmap: Colormap
+    norm: Normalize
+    threshold: float
+
+    @classmethod
+    def of(
+        cls,
+        lowest: float,
+        highest: float,
+        *,
+        threshold: float,
+        cmap: str | Colormap,
+        vmin: float | None,
+        vmax: float | None,
+        symmetric: bool | str,
+    ) -> "ValueColors":
+        """Return colours for values from `lowest` to `highest`.
+
+        ``symmetric="auto"``: around zero if the map has both signs, from or to zero if not.
+        """
+        if symmetric == "auto":
+            symmetric = lowest < 0 < highest and vmin is None
+        if symmetric:
+            given = [abs(value) for value in (vmin, vmax) if value is not None]
+            reach = max(given) if given else max(-lowest, highest)
+            low, high = -reach, reach
+        else:
+            low = vmin if vmin is not None else min(0.0, lowest)
+            high = vmax if vmax is not None else max(0.0, highest)
+        if not low < high:
+            low, high = (low - 1.0, high + 1.0) if low == high else (high, low)
+        base = mpl.colormaps[cmap] if isinstance(cmap, str) else cmap
+        if not symmetric and not (low < 0 < high) and _is_diverging(base):
+            # One sign alone takes its half of a diverging map: red is positive, whatever else.
+            half = np.linspace(0.5, 1.0, 256) if high > 0 else np.linspace(0.0, 0.5, 256)
+            base = ListedColormap(base(half))
+        return cls(base, Normalize(low, high), threshold)
+
+    def with_gap(self) -> Colormap:
+        """Return the colour map of a colour bar: grey where values are not drawn."""
+        values = np.linspace(self.norm.vmin or 0, self.norm.vmax or 0, 256)
+        colors: Any = self.cmap(np.linspace(0, 1, 256))
+        colors[np.abs(values) < self.threshold] = (0.5, 0.5, 0.5, 1.0)
+        return ListedColormap(colors)
+
+
+def _is_diverging(cmap: Colormap) -> bool:
+    """Return whether the middle of `cmap` is lighter, or darker, than both its ends."""
+    red, green, blue = np.array(cmap([0.0, 0.5, 1.0]))[:, :3].T
+    low, middle, high = 0.3 * red + 0.6 * green + 0.1 * blue
+    return bool((middle > low and middle > high) or (middle < low and middle < high))

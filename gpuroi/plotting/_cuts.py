@@ -1,0 +1,61 @@
+"""Where to cut: planes that show the signal."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuroi.plotting._planes import DIRECTIONS, Direction, Volume
+
+
+def cut_through_signal(signal: Volume) -> tuple[float, float, float]:
+    """Return the mm of the voxel of largest magnitude, the first in C order; of the centre if none.
+
+    The cross then lies on a peak of the table.
+    """
+    magnitude = np.abs(signal.data)
+    place = np.array(np.unravel_index(int(magnitude.argmax()), magnitude.shape))
+    if magnitude.max(initial=0) == 0:
+        place = (np.array(magnitude.shape) - 1) // 2
+    x, y, z = (signal.affine @ [*place, 1.0])[:3].tolist()
+    return x, y, z
+
+
+def cuts_along(signal: Volume, direction: Direction, n_cuts: int) -> list[float]:
+    """Return at most `n_cuts` mm along `direction`, ascending, denser where there is more signal.
+
+    Every cut stands for the same share of the sum of magnitudes, so that none is spent on empty
+    planes; two are never the same plane.
+    """
+    axis = DIRECTIONS.index(direction)
+    nonzero = np.stack(np.nonzero(signal.data))
+    if nonzero.size == 0:
+        low, high = signal.bounds_mm[axis]
+        return _spread(low, high, n_cuts)
+    places = signal.affine[axis, :3] @ nonzero + signal.affine[axis, 3]
+    step = np.abs(signal.affine[axis, :3]).max()
+    plane = np.rint((places - places.min()) / step).astype(int)
+    magnitudes = np.abs(signal.data[tuple(nonzero)]).astype(np.float64)
+    strength: NDArray[np.float64] = np.bincount(plane, magnitudes).astype(np.float64)
+    if np.count_nonzero(strength) <= n_cuts:
+        chosen = np.flatnonzero(strength)
+    else:
+        chosen = _quantiles(strength, n_cuts)
+    return [float(mm) for mm in np.round(places.min() + chosen * step, 6)]
+
+
+def _quantiles(strength: NDArray[np.float64], n_cuts: int) -> NDArray[Any]:
+    """Return `n_cuts` different planes, each in the middle of an equal share of `strength`."""
+    share = np.cumsum(strength) / strength.sum()
+    wanted = (np.arange(n_cuts) + 0.5) / n_cuts
+    chosen = np.searchsorted(share, wanted).clip(0, strength.size - 1)
+    for i in range(1, n_cuts):  # one strong plane may hold several shares
+        chosen[i] = max(chosen[i], chosen[i - 1] + 1)
+    for i in range(n_cuts - 1, -1, -1):
+        last = strength.size - 1 if i == n_cuts - 1 else chosen[i + 1] - 1
+        chosen[i] = min(chosen[i], last)
+    return chosen
+
+
+def _spread(low: float, high: float, n_cuts: int) -> list[float]:
+    return [float(low + (i + 0.5) * (high - low) / n_cuts) for i in range(n_cuts)]

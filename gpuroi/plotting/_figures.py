@@ -1,0 +1,473 @@
+"""The figures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import (
+    BoundaryNorm,
+    Colormap,
+    LinearSegmentedColormap,
+    ListedColormap,
+    Normalize,
+)
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from gpuroi import io
+from gpuroi.algorithms.threshold import parse_threshold
+from gpuroi.arrays import check_choice
+from gpuroi.backends._select import order_statistic
+from gpuroi.errors import DimensionError
+from gpuroi.niimg import load_images
+from gpuroi.plotting._colors import ValueColors, region_colors
+from gpuroi.plotting._display import Display
+from gpuroi.plotting._planes import Plane, Volume
+from gpuroi.plotting._scene import DisplayMode, Frame, background_of, finite, stage, volume_of
+from gpuroi.result import Regions
+from gpuroi.types import ImageLike
+
+ViewType = Literal["auto", "contours", "filled_contours", "continuous"]
+
+_MOST_TICKS = 24
+
+
+def plot_stat_map(
+    stat_map_img: ImageLike,
+    bg_img: ImageLike | Literal["auto"] | None = "auto",
+    cut_coords: Any = None,
+    output_file: str | Path | None = None,
+    display_mode: DisplayMode = "ortho",
+    colorbar: bool = True,
+    cbar_tick_format: str = "%.2g",
+    figure: Figure | int | None = None,
+    axes: Axes | tuple[float, float, float, float] | None = None,
+    title: str | None = None,
+    threshold: float | str | None = 1e-6,
+    annotate: bool = True,
+    draw_cross: bool = True,
+    black_bg: bool | Literal["auto"] = "auto",
+    cmap: str | Colormap = "RdBu_r",
+    symmetric_cbar: bool | Literal["auto"] = "auto",
+    vmin: float | None = None,
+    vmax: float | None = None,
+    radiological: bool = False,
+) -> Display | None:
+    """Plot cuts of a statistical map over an anatomical image.
+
+    Parameters
+    ----------
+    stat_map_img : path or nibabel image (X, Y, Z)
+    bg_img : path, image, "auto" or None
+        What lies behind: ``"auto"`` is the MNI152 template where nilearn is installed, else the
+        outline of the map; None is nothing.
+    cut_coords : None, int, list or dict
+        For ``"ortho"``: (x, y, z) in mm, by default the peak of the map. For one direction: mm, or
+        a number of cuts, which are laid where the signal is. For ``"mosaic"``: a number, or one of
+        these for each direction.
+    output_file : path, optional
+        Write the figure there and return None.
+    display_mode : {"ortho", "x", "y", "z", "mosaic"}
+    colorbar : bool
+    cbar_tick_format : str
+        In printf style.
+    figure : matplotlib Figure or int, optional
+    axes : matplotlib Axes or (left, bottom, width, height), optional
+        Part of the figure to use; a tuple is in fractions of the figure.
+    title : str, optional
+    threshold : float, str or None
+        Magnitudes below are not drawn: a number in map units, a percentile of magnitudes such as
+        ``"97%"``, or ``"auto"``, the 80th. None draws all.
+    annotate : bool
+        Write the place of cuts in mm, and L and R.
+    draw_cross : bool
+        Draw where the cuts of ``"ortho"`` cross.
+    black_bg : bool or "auto"
+        Whether the figure is black; ``"auto"`` follows the border of `bg_img`.
+    cmap : str or matplotlib Colormap
+    symmetric_cbar : bool or "auto"
+        Whether colours are symmetric around zero; ``"auto"`` if the map has both signs.
+    vmin, vmax : float, optional
+        Values of the first and last colour.
+    radiological : bool
+        Draw the right side on the left.
+
+    Returns
+    -------
+    Display, or None if `output_file` was given
+
+    Raises
+    ------
+    InvalidMapError
+        If an image cannot be read, or has more than one volume.
+    ValueError, TypeError
+        If a parameter is none of the above.
+
+    Examples
+    --------
+    >>> import nibabel as nib, numpy as np
+    >>> from gpuroi import plotting
+    >>> data = np.zeros((10, 10, 10), np.float32)
+    >>> data[2:5, 2:5, 2:5] = 4.0
+    >>> img = nib.Nifti1Image(data, np.diag([3.0, 3.0, 3.0, 1.0]))
+    >>> with plotting.plot_stat_map(img, None, [9.0], display_mode="z") as display:
+    ...     [str(cut) for cut in display.panels]
+    ['z=9']
+    """
+    signal = volume_of(stat_map_img, "stat_map_img")
+    frame = Frame(title, annotate, draw_cross, black_bg, radiological, figure, axes, output_file)
+    level = 0.0 if threshold is None else _level(threshold, signal.data, auto="80%")
+    values = signal.data
+    colors = ValueColors.of(
+        float(values.min(initial=0)),
+        float(values.max(initial=0)),
+        threshold=level,
+        cmap=cmap,
+        vmin=vmin,
+        vmax=vmax,
+        symmetric=symmetric_cbar,
+    )
+    background = background_of(bg_img, signal)
+    display = stage(signal, background, display_mode, cut_coords, frame, with_bar=colorbar)
+    for cut in display.panels:
+        plane = signal.plane(cut.direction, cut.at_mm)
+        seen = np.abs(plane.pixels) >= level
+        display.draw_picture(cut, plane, colors.cmap, colors.norm, seen)
+    display.color_bar(colors.with_gap(), colors.norm, tick_format=cbar_tick_format)
+    return frame.finish(display)
+
+
+def plot_prob_atlas(
+    maps_img: ImageLike,
+    bg_img: ImageLike | Literal["auto"] | None = "auto",
+    view_type: ViewType = "auto",
+    threshold: float | str | Sequence[float | str] | None = "auto",
+    linewidths: float = 2.0,
+    cut_coords: Any = None,
+    output_file: str | Path | None = None,
+    display_mode: DisplayMode = "ortho",
+    figure: Figure | int | None = None,
+    axes: Axes | tuple[float, float, float, float] | None = None,
+    title: str | None = None,
+    annotate: bool = True,
+    draw_cross: bool = True,
+    black_bg: bool | Literal["auto"] = "auto",
+    colorbar: bool = True,
+    cmap: str | Colormap | None = None,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    alpha: float = 0.7,
+    radiological: bool = False,
+) -> Display | None:
+    """Plot the volumes of a 4-D image over an anatomical image, each in a colour of its own.
+
+    Parameters
+    ----------
+    maps_img : path or nibabel image (X, Y, Z, n)
+        Regions of `connected_regions`, or a probabilistic atlas.
+    view_type : {"auto", "contours", "filled_contours", "continuous"}
+        Lines, lines with their inside, or magnitudes from transparent to full colour. ``"auto"``:
+        lines up to 10 volumes, filled up to 20, continuous beyond.
+    threshold : float, str, list or None
+        Level of the lines, in magnitude: a number, a percentile of each volume's magnitudes, one
+        of these for each volume, or ``"auto"``: the percentile that leaves a fifth of the voxels to
+        all volumes together. Where that is zero, the line runs halfway to the smallest value.
+    linewidths : float
+        In points.
+    cmap : str or matplotlib Colormap, optional
+        By default colours that are safe for colour-blind readers.
+    vmin, vmax : float, optional
+        Magnitudes of the first and last shade of ``"continuous"``.
+    alpha : float
+        Opacity of what is filled.
+    bg_img, cut_coords, output_file, display_mode, figure, axes, title, annotate, draw_cross
+        As in `plot_stat_map`; cuts are laid where the sum of the volumes is.
+    black_bg, colorbar, radiological
+        As in `plot_stat_map`; the colour bar numbers the volumes from 1.
+
+    Returns
+    -------
+    Display, or None if `output_file` was given
+
+    Raises
+    ------
+    InvalidMapError
+        If an image cannot be read.
+    ValueError, TypeError
+        If a parameter is none of the above.
+
+    Examples
+    --------
+    >>> import nibabel as nib, numpy as np
+    >>> from gpuroi import plotting
+    >>> data = np.zeros((10, 10, 10, 2), np.float32)
+    >>> data[2:5, 2:5, 2:5, 0] = data[6:9, 6:9, 2:5, 1] = 4.0
+    >>> img = nib.Nifti1Image(data, np.diag([3.0, 3.0, 3.0, 1.0]))
+    >>> with plotting.plot_prob_atlas(img, bg_img=None, display_mode="z", cut_coords=1) as display:
+    ...     [str(cut) for cut in display.panels]
+    ['z=9']
+    """
+    check_choice("view_type", view_type, ("auto", "contours", "filled_contours", "continuous"))
+    volumes = _volumes_of(maps_img)
+    n = len(volumes)
+    if view_type == "auto":
+        view_type = "contours" if n <= 10 else "filled_contours" if n <= 20 else "continuous"
+    levels = _levels(threshold, volumes, view_type)
+    total = np.zeros(volumes[0].data.shape, np.float32)
+    for volume in volumes:
+        total += np.abs(volume.data)
+    signal = Volume(total, volumes[0].affine)
+    frame = Frame(title, annotate, draw_cross, black_bg, radiological, figure, axes, output_file)
+    background = background_of(bg_img, signal)
+    display = stage(
+        signal, background, display_mode, cut_coords, frame, with_bar=colorbar, is_sparse=True
+    )
+
+    colors = region_colors(n, cmap)
+    for cut in display.panels:
+        for volume, level, color in zip(volumes, levels, colors, strict=True):
+            plane = volume.plane(cut.direction, cut.at_mm)
+            magnitude = Plane(np.abs(plane.pixels), plane.extent)
+            if view_type == "continuous":
+                highest = vmax if vmax is not None else float(np.abs(volume.data).max(initial=0))
+                shades = LinearSegmentedColormap.from_list("shades", [(*color[:3], 0.15), color])
+                norm = Normalize(vmin if vmin is not None else level, max(highest, level))
+                display.draw_picture(cut, magnitude, shades, norm, magnitude.pixels >= level)
+            else:
+                filled = alpha if view_type == "filled_contours" else 0.0
+                display.draw_contour(cut, magnitude, level, color, linewidths, filled)
+    _number_bar(display, colors)
+    return frame.finish(display)
+
+
+def plot_regions(
+    regions: "Regions | ImageLike",
+    stat_map: ImageLike | None = None,
+    bg_img: ImageLike | Literal["auto"] | None = "auto",
+    cut_coords: Any = None,
+    output_file: str | Path | None = None,
+    display_mode: DisplayMode = "ortho",
+    figure: Figure | int | None = None,
+    axes: Axes | tuple[float, float, float, float] | None = None,
+    title: str | None = None,
+    annotate: bool = True,
+    draw_cross: bool = True,
+    black_bg: bool | Literal["auto"] = "auto",
+    colorbar: bool = True,
+    cmap: str | Colormap | None = None,
+    linewidths: float = 1.5,
+    alpha: float = 0.6,
+    numbers: bool = True,
+    radiological: bool = False,
+) -> Display | None:
+    """Plot regions as labels: one colour and one line each, with the numbers of the table.
+
+    Parameters
+    ----------
+    regions : Regions, or path or image of labels (X, Y, Z)
+        Whole numbers; 0 is background.
+    stat_map : path or image, optional
+        Map to show inside the lines, instead of the colours of the regions.
+    alpha : float
+        Opacity of the colours inside the lines, where there is no `stat_map`.
+    numbers : bool
+        Write each label into its region.
+    colorbar : bool
+        Of the map where there is one, else of the labels.
+    cut_coords : None, int, list or dict
+        As in `plot_stat_map`; by default through the middle of the largest region.
+    bg_img, output_file, display_mode, figure, axes, title, annotate, draw_cross, black_bg
+        As in `plot_stat_map`.
+    cmap, linewidths, radiological
+        As in `plot_prob_atlas`.
+
+    Returns
+    -------
+    Display, or None if `output_file` was given
+
+    Raises
+    ------
+    InvalidMapError
+        If an image cannot be read.
+    ValueError, TypeError
+        If labels are not whole numbers from 0 on, or a parameter is none of the above.
+
+    Examples
+    --------
+    >>> import gpuroi, nibabel as nib, numpy as np
+    >>> from gpuroi import plotting
+    >>> data = np.zeros((10, 10, 10), np.float32)
+    >>> data[2:5, 2:5, 2:5] = 4.0
+    >>> img = nib.Nifti1Image(data, np.diag([3.0, 3.0, 3.0, 1.0]))
+    >>> found = gpuroi.extract_regions(img, 3.0)
+    >>> with plotting.plot_regions(found, bg_img=None) as display:
+    ...     [str(cut) for cut in display.panels]
+    ['x=9', 'y=9', 'z=9']
+    """
+    labels = _labels_of(regions)
+    frame = Frame(title, annotate, draw_cross, black_bg, radiological, figure, axes, output_file)
+    present = np.flatnonzero(np.bincount(labels.data.ravel()))
+    present = present[present > 0]
+    values = None if stat_map is None else volume_of(stat_map, "stat_map")
+    background = background_of(bg_img, labels if values is None else values)
+    if cut_coords is None and display_mode == "ortho" and present.size:
+        cut_coords = _middle_of_largest(labels)
+    display = stage(
+        labels, background, display_mode, cut_coords, frame, with_bar=colorbar, is_sparse=True
+    )
+
+    colors = region_colors(int(present.max(initial=0)), cmap)
+    shades = None
+    if values is not None:
+        shades = ValueColors.of(
+            float(values.data.min(initial=0)),
+            float(values.data.max(initial=0)),
+            threshold=1e-6,
+            cmap="RdBu_r",
+            vmin=None,
+            vmax=None,
+            symmetric="auto",
+        )
+    for cut in display.panels:
+        plane = labels.plane(cut.direction, cut.at_mm)
+        if values is not None and shades is not None:
+            picture = values.plane(cut.direction, cut.at_mm)
+            seen = np.abs(picture.pixels) >= shades.threshold
+            display.draw_picture(cut, picture, shades.cmap, shades.norm, seen)
+        for label in np.unique(plane.pixels[plane.pixels > 0]).tolist():
+            inside = Plane((plane.pixels == label).astype(np.float32), plane.extent)
+            filled = alpha if values is None else 0.0
+            display.draw_contour(cut, inside, 0.5, colors[label - 1], linewidths, filled)
+        if numbers:
+            for label, (place_mm, room_mm) in _places_of_numbers(plane).items():
+                display.number(cut, place_mm, room_mm, str(label))
+    if shades is not None:
+        display.color_bar(shades.cmap, shades.norm, tick_format="%.2g")
+    else:
+        _number_bar(display, [colors[label - 1] for label in present], present.tolist())
+    return frame.finish(display)
+
+
+def show() -> None:
+    """Show all figures that are open; where there is no screen, do nothing.
+
+    Examples
+    --------
+    >>> from gpuroi import plotting
+    >>> plotting.show()
+    """
+    from matplotlib import pyplot
+
+    if mpl.get_backend().lower() != "agg":
+        pyplot.show()
+
+
+def _level(threshold: float | str, data: NDArray[Any], auto: str) -> float:
+    """Return the magnitude that `threshold` asks for in `data`."""
+    parsed = parse_threshold(auto if threshold == "auto" else threshold)
+    if not parsed.is_percentile:
+        if parsed.value < 0:
+            raise ValueError(f"threshold={threshold!r} is below zero; a threshold is a magnitude.")
+        return parsed.value
+    values = data.ravel(order="K")
+    if values.dtype.kind != "f":
+        values = values.astype(np.float64)
+    rank = np.array([int(parsed.value / 100 * (values.size - 1))])
+    return float(order_statistic(values, rank, absolute=True)[0])
+
+
+def _levels(threshold: Any, volumes: list[Volume], view_type: ViewType) -> list[float]:
+    """Return a level above zero for each volume."""
+    n = len(volumes)
+    share = {"contours": 1.0, "filled_contours": 0.8}.get(view_type, 0.8)
+    auto = f"{100 * (1 - 0.2 * share / n)}%"
+    each = [threshold] * n
+    if isinstance(threshold, Sequence) and not isinstance(threshold, str):
+        each = list(threshold)
+        if len(each) != n:
+            raise ValueError(f"threshold has {len(each)} entries, and maps_img {n} volumes.")
+    levels = []
+    for one, volume in zip(each, volumes, strict=True):
+        level = 0.0 if one is None else _level(one, volume.data, auto)
+        if level <= 0:
+            magnitude = np.abs(volume.data[volume.data != 0])
+            level = float(magnitude.min()) / 2 if magnitude.size else 1.0
+        levels.append(level)
+    return levels
+
+
+def _volumes_of(maps_img: ImageLike) -> list[Volume]:
+    """Return the volumes of a 4-D image, one after the other; lazy images are read that way."""
+    image = load_images(maps_img)
+    if len(image.shape) == 3:
+        return [volume_of(image, "maps_img")]
+    if image.shape[3] == 0:
+        raise DimensionError(f"maps_img has shape {image.shape}: there is no volume to draw.")
+    return [
+        Volume(finite(np.asanyarray(image.dataobj[..., k])), image.affine)
+        for k in range(image.shape[3])
+    ]
+
+
+def _labels_of(regions: "Regions | ImageLike") -> Volume:
+    if isinstance(regions, Regions):
+        return Volume(regions.labels, regions.affine, is_labels=True)
+    image = load_images(regions)
+    data = finite(io.read_data(image, io.describe(image)))
+    if data.ndim == 4 and data.shape[3] == 1:
+        data = data[..., 0]
+    if data.ndim != 3:
+        raise DimensionError(
+            f"labels have shape {data.shape}; pass one volume, or plot_prob_atlas for a stack."
+        )
+    labels = data.astype(np.int64)
+    if labels.min(initial=0) < 0 or not np.array_equal(labels, data):
+        raise ValueError(
+            "labels are whole numbers from 0 on; for a statistical map use plot_stat_map."
+        )
+    return Volume(labels, image.affine, is_labels=True)
+
+
+def _middle_of_largest(labels: Volume) -> tuple[float, float, float]:
+    """Return the mm of the voxel of the largest region that is nearest to its centre."""
+    sizes = np.bincount(labels.data.ravel())
+    sizes[0] = 0
+    voxels = np.argwhere(labels.data == int(sizes.argmax()))
+    nearest = voxels[((voxels - voxels.mean(axis=0)) ** 2).sum(axis=1).argmin()]
+    x, y, z = (labels.affine @ [*nearest, 1.0])[:3].tolist()
+    return x, y, z
+
+
+def _places_of_numbers(plane: Plane) -> dict[int, tuple[tuple[float, float], float]]:
+    """Return the mm of the pixel of each label that lies deepest inside it, and how deep."""
+    columns, rows = plane.centers()
+    side_mm = (plane.extent[1] - plane.extent[0]) / max(1, columns.size)
+    places = {}
+    for label in np.unique(plane.pixels[plane.pixels > 0]).tolist():
+        depth = ndimage.distance_transform_edt(np.pad(plane.pixels == label, 1))[1:-1, 1:-1]
+        row, column = np.unravel_index(depth.argmax(), depth.shape)
+        place_mm = (float(columns[column]), float(rows[row]))
+        places[label] = (place_mm, float(depth.max()) * side_mm)
+    return places
+
+
+def _number_bar(
+    display: Display, colors: list[tuple[float, ...]], numbers: Sequence[int] | None = None
+) -> None:
+    """Draw a colour bar of numbers, by default 1..n."""
+    n = len(colors)
+    if n == 0:
+        return
+    numbers = numbers or range(1, n + 1)
+    every = -(-n // _MOST_TICKS)
+    ticks = list(range(0, n, every))
+    display.color_bar(
+        ListedColormap(colors),
+        BoundaryNorm(np.arange(-0.5, n), n),
+        ticks=ticks,
+        labels=[str(numbers[tick]) for tick in ticks],
+    )
