@@ -1,9 +1,11 @@
 """The work that is timed, and the proof that all contenders do the same work."""
 
 import math
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,6 +14,7 @@ import numpy as np
 from nilearn.datasets import load_sample_motor_activation_image
 from nilearn.image import resample_img
 from nilearn.image import threshold_img as nilearn_threshold_img
+from nilearn.plotting import plot_prob_atlas as nilearn_plot_prob_atlas
 from nilearn.regions import connected_regions as nilearn_connected_regions
 from scipy import ndimage, stats
 
@@ -20,6 +23,7 @@ from gpuroi.algorithms import dirichlet
 from gpuroi.algorithms.checkerboard import HAS_CHOLMOD
 from gpuroi.backends.cpu import CpuBackend, cc3d
 from gpuroi.image import threshold_img
+from gpuroi.plotting import plot_prob_atlas
 from gpuroi.regions import connected_regions
 from gpuroi.space import voxel_volume_mm3
 from gpuroi.testing import expected_labels
@@ -264,7 +268,48 @@ def _one_mm(at_3mm: nib.Nifti1Image) -> Comparison:
     )
 
 
+def plots(tiny: bool = False) -> Iterator[Comparison]:
+    """Time the figure of fifteen regions against nilearn, from image to file."""
+    if tiny:
+        maps, n_regions = sample_maps(tiny=True), 2
+    else:
+        maps, n_regions = {"2 mm": sample_maps(tiny=False)["2 mm"]}, 15
+    for grid, img in maps.items():
+        regions = gpuroi.extract_regions(img, "90%", backend="cpu")
+        sizes = regions.table["voxels"].to_numpy()
+        largest = np.sort(np.argsort(sizes)[-n_regions:])
+        stack = regions.to_4d_img()
+        volumes = np.stack([stack.dataobj[..., region] for region in largest], axis=-1)
+        yield _figures(grid, nib.Nifti1Image(volumes, img.affine))
+
+
+def _figures(grid: str, regions_img: nib.Nifti1Image) -> Comparison:
+    options = {"view_type": "contours", "cut_coords": (20, -30, 40)}
+
+    def drawn(plot: Callable[..., Any]) -> Callable[[], bytes]:
+        def draw() -> bytes:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "regions.png"
+                plot(regions_img, **options, output_file=path)
+                return path.read_bytes()
+
+        return draw
+
+    def check(results: dict[str, Any]) -> None:
+        assert all(picture.startswith(b"\x89PNG") for picture in results.values())
+
+    return Comparison(
+        name=f"plot_prob_atlas, {grid}",
+        parameters={"shape": list(regions_img.shape), **options},
+        contenders={"nilearn": drawn(nilearn_plot_prob_atlas), "gpuroi": drawn(plot_prob_atlas)},
+        check=check,
+        targets={"gpuroi": 3.0},
+        repeats=15,
+    )
+
+
 CASES: dict[str, Callable[[bool], Iterator[Comparison]]] = {
     "components": components,
     "local_regions": local_regions,
+    "plots": plots,
 }

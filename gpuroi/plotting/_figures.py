@@ -1,6 +1,7 @@
 """The figures."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,6 @@ from scipy import ndimage
 from gpuroi import io
 from gpuroi.algorithms.threshold import parse_threshold
 from gpuroi.arrays import check_choice
-from gpuroi.backends._select import order_statistic
 from gpuroi.errors import DimensionError
 from gpuroi.niimg import load_images
 from gpuroi.plotting._colors import ValueColors, region_colors
@@ -29,6 +29,7 @@ from gpuroi.plotting._display import Display
 from gpuroi.plotting._planes import Plane, Volume
 from gpuroi.plotting._scene import DisplayMode, Frame, background_of, finite, stage, volume_of
 from gpuroi.result import Regions
+from gpuroi.stack import RegionStack
 from gpuroi.types import ImageLike
 
 ViewType = Literal["auto", "contours", "filled_contours", "continuous"]
@@ -120,8 +121,10 @@ def plot_stat_map(
     """
     signal = volume_of(stat_map_img, "stat_map_img")
     frame = Frame(title, annotate, draw_cross, black_bg, radiological, figure, axes, output_file)
-    level = 0.0 if threshold is None else _level(threshold, signal.data, auto="80%")
     values = signal.data
+    level = 0.0
+    if threshold is not None:
+        level = _level(threshold, _magnitudes(values), values.size, auto="80%")
     colors = ValueColors.of(
         float(values.min(initial=0)),
         float(values.max(initial=0)),
@@ -212,28 +215,26 @@ def plot_prob_atlas(
     ['z=9']
     """
     check_choice("view_type", view_type, ("auto", "contours", "filled_contours", "continuous"))
-    volumes = _volumes_of(maps_img)
-    n = len(volumes)
+    atlas = _Atlas.read(maps_img)
+    n = len(atlas.volumes)
     if view_type == "auto":
         view_type = "contours" if n <= 10 else "filled_contours" if n <= 20 else "continuous"
-    levels = _levels(threshold, volumes, view_type)
-    total = np.zeros(volumes[0].data.shape, np.float32)
-    for volume in volumes:
-        total += np.abs(volume.data)
-    signal = Volume(total, volumes[0].affine)
+    levels = atlas.levels(threshold, share=0.2 if view_type == "contours" else 0.16)
     frame = Frame(title, annotate, draw_cross, black_bg, radiological, figure, axes, output_file)
-    background = background_of(bg_img, signal)
+    background = background_of(bg_img, atlas.total)
     display = stage(
-        signal, background, display_mode, cut_coords, frame, with_bar=colorbar, is_sparse=True
+        atlas.total, background, display_mode, cut_coords, frame, with_bar=colorbar, is_sparse=True
     )
 
     colors = region_colors(n, cmap)
     for cut in display.panels:
-        for volume, level, color in zip(volumes, levels, colors, strict=True):
+        for volume, magnitudes, level, color in zip(
+            atlas.volumes, atlas.magnitudes, levels, colors, strict=True
+        ):
             plane = volume.plane(cut.direction, cut.at_mm)
             magnitude = Plane(np.abs(plane.pixels), plane.extent)
             if view_type == "continuous":
-                highest = vmax if vmax is not None else float(np.abs(volume.data).max(initial=0))
+                highest = vmax if vmax is not None else magnitudes.max(initial=0)
                 shades = LinearSegmentedColormap.from_list("shades", [(*color[:3], 0.15), color])
                 norm = Normalize(vmin if vmin is not None else level, max(highest, level))
                 display.draw_picture(cut, magnitude, shades, norm, magnitude.pixels >= level)
@@ -366,51 +367,73 @@ def show() -> None:
         pyplot.show()
 
 
-def _level(threshold: float | str, data: NDArray[Any], auto: str) -> float:
-    """Return the magnitude that `threshold` asks for in `data`."""
-    parsed = parse_threshold(auto if threshold == "auto" else threshold)
+def _level(threshold: float | str, magnitudes: NDArray[Any], n_voxels: int, auto: str) -> float:
+    """Return the magnitude that `threshold` asks for.
+
+    `magnitudes` are those above zero of `n_voxels`, of which a percentile ranks all.
+    """
+    parsed = parse_threshold(
+        auto if isinstance(threshold, str) and threshold == "auto" else threshold
+    )
     if not parsed.is_percentile:
         if parsed.value < 0:
             raise ValueError(f"threshold={threshold!r} is below zero; a threshold is a magnitude.")
         return parsed.value
-    values = data.ravel(order="K")
-    if values.dtype.kind != "f":
-        values = values.astype(np.float64)
-    rank = np.array([int(parsed.value / 100 * (values.size - 1))])
-    return float(order_statistic(values, rank, absolute=True)[0])
+    rank = int(parsed.value / 100 * (n_voxels - 1)) - (n_voxels - magnitudes.size)
+    return float(np.partition(magnitudes, rank)[rank]) if rank >= 0 else 0.0
 
 
-def _levels(threshold: Any, volumes: list[Volume], view_type: ViewType) -> list[float]:
-    """Return a level above zero for each volume."""
-    n = len(volumes)
-    share = {"contours": 1.0, "filled_contours": 0.8}.get(view_type, 0.8)
-    auto = f"{100 * (1 - 0.2 * share / n)}%"
-    each = [threshold] * n
-    if isinstance(threshold, Sequence) and not isinstance(threshold, str):
-        each = list(threshold)
-        if len(each) != n:
-            raise ValueError(f"threshold has {len(each)} entries, and maps_img {n} volumes.")
-    levels = []
-    for one, volume in zip(each, volumes, strict=True):
-        level = 0.0 if one is None else _level(one, volume.data, auto)
-        if level <= 0:
-            magnitude = np.abs(volume.data[volume.data != 0])
-            level = float(magnitude.min()) / 2 if magnitude.size else 1.0
-        levels.append(level)
-    return levels
+def _magnitudes(values: NDArray[Any]) -> NDArray[Any]:
+    """Return the magnitudes above zero."""
+    above: NDArray[Any] = np.abs(values[values != 0])
+    return above
 
 
-def _volumes_of(maps_img: ImageLike) -> list[Volume]:
-    """Return the volumes of a 4-D image, one after the other; lazy images are read that way."""
-    image = load_images(maps_img)
-    if len(image.shape) == 3:
-        return [volume_of(image, "maps_img")]
-    if image.shape[3] == 0:
-        raise DimensionError(f"maps_img has shape {image.shape}: there is no volume to draw.")
-    return [
-        Volume(finite(np.asanyarray(image.dataobj[..., k])), image.affine)
-        for k in range(image.shape[3])
-    ]
+@dataclass(frozen=True)
+class _Atlas:
+    """The volumes of a 4-D image, the sum of their magnitudes, and all magnitudes above zero."""
+
+    volumes: list[Volume]
+    total: Volume
+    magnitudes: list[NDArray[Any]]
+
+    @classmethod
+    def read(cls, maps_img: ImageLike) -> "_Atlas":
+        image = load_images(maps_img)
+        if len(image.shape) == 4 and image.shape[3] == 0:
+            raise DimensionError(f"maps_img has shape {image.shape}: there is no volume to draw.")
+        if len(image.shape) == 4 and isinstance(image.dataobj, RegionStack):
+            data = [image.dataobj[..., k] for k in range(image.shape[3])]  # one at a time
+            total = np.zeros(image.shape[:3], np.float32)
+            for volume in data:
+                total += np.abs(volume)
+            magnitudes = [_magnitudes(volume) for volume in data]
+        else:
+            series = finite(np.asanyarray(image.dataobj)).reshape((*image.shape[:3], -1))
+            total = np.abs(series).sum(axis=3, dtype=np.float32)
+            inside = series[total > 0]
+            magnitudes = [_magnitudes(inside[:, k]) for k in range(series.shape[3])]
+            data = list(np.moveaxis(series, 3, 0))
+        volumes = [Volume(volume, image.affine) for volume in data]
+        return cls(volumes, Volume(total, image.affine), magnitudes)
+
+    def levels(self, threshold: Any, share: float) -> list[float]:
+        """Return a level above zero for each volume; ``"auto"`` leaves `share` to all together."""
+        n = len(self.volumes)
+        auto = f"{100 * (1 - share / n)}%"
+        each = [threshold] * n
+        if isinstance(threshold, Sequence) and not isinstance(threshold, str):
+            each = list(threshold)
+            if len(each) != n:
+                raise ValueError(f"threshold has {len(each)} entries, and maps_img {n} volumes.")
+        levels = []
+        for one, magnitudes in zip(each, self.magnitudes, strict=True):
+            n_voxels = self.total.data.size
+            level = 0.0 if one is None else _level(one, magnitudes, n_voxels, auto)
+            if level <= 0:
+                level = float(magnitudes.min()) / 2 if magnitudes.size else 1.0
+            levels.append(level)
+        return levels
 
 
 def _labels_of(regions: "Regions | ImageLike") -> Volume:

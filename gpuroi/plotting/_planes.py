@@ -86,7 +86,7 @@ class Volume:
         if not 0 <= place < volume.shape[normal]:
             shape = (volume.shape[rows], volume.shape[columns])
             return Plane(np.zeros(shape, volume.dtype), extent)
-        pixels = volume.take(place, axis=normal).T
+        pixels = np.moveaxis(volume, normal, 0)[place].T  # a view
         flip = tuple(slice(None, None, -1 if step[axis] < 0 else 1) for axis in (rows, columns))
         return Plane(pixels[flip], extent)
 
