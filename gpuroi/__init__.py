@@ -34,6 +34,7 @@ __all__ = [
     "extract_regions",
     "get_backend",
     "image",
+    "plotting",
     "regions",
 ]
 

@@ -2,8 +2,12 @@
 
 import doctest
 import importlib
+import inspect
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,9 +39,35 @@ def test_python_blocks_of_pages_run_in_order(page, tmp_path, monkeypatch):
         exec(compile(block, str(path), "exec"), namespace)
 
 
+@pytest.mark.slow
+def test_the_example_draws_its_pictures_offline(tmp_path):
+    offline = {
+        "https_proxy": "http://127.0.0.1:9",
+        "GPUROI_DATA": str(tmp_path),
+        "MPLBACKEND": "agg",
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            ROOT / "docs/examples/extract_regions.py",
+            tmp_path / "out",
+        ],
+        env=os.environ | offline,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Going on with the sample that nilearn brings" in done.stderr
+    pictures = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert pictures == sorted(path.name for path in (ROOT / "docs/images").glob("*.png"))
+
+
 def test_public_functions_have_an_example():
     for name in ("extract_regions", "available_backends"):
         assert ">>> " in getattr(gpuroi, name).__doc__
-    for module in (gpuroi.arrays, gpuroi.image, gpuroi.regions, gpuroi.datasets):
+    for module in (gpuroi.arrays, gpuroi.image, gpuroi.regions, gpuroi.datasets, gpuroi.plotting):
         for name in module.__all__:
-            assert ">>> " in getattr(module, name).__doc__
+            if inspect.isfunction(getattr(module, name)):
+                assert ">>> " in getattr(module, name).__doc__

@@ -31,10 +31,14 @@ def anatomy(data: NDArray[Any], affine: NDArray[np.float64]) -> Background:
     lowest, highest = np.percentile(inside, [1, 99.5]) if inside.size else (0.0, 1.0)
     faces = [finite.take(place, axis) for axis in range(3) for place in (0, -1)]
     border = float(np.median(np.concatenate([face.ravel() for face in faces])))
-    is_dark = border < (lowest + highest) / 2
-    if border == 0:
-        lowest = min(lowest, 0.0)
-    return Background(Volume(finite, affine), float(lowest), float(highest), False, bool(is_dark))
+    is_dark = border <= max((lowest + highest) / 2, 0.0)
+    return Background(
+        Volume(finite, affine),
+        float(min(lowest, border)),
+        float(highest),
+        hides_zeros=border == 0,
+        is_dark=bool(is_dark),
+    )
 
 
 @cache
