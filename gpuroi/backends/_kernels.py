@@ -126,7 +126,7 @@ class KernelVerbs:
     ) -> FloatArray:
         """See `gpuroi.backends.Backend.order_statistics`."""
         steps = ranks - ranks[:, :1]
-        if ranks.shape[1] == 2 and (steps <= 1).all():  # two neighbours come out of one selection
+        if ranks.shape[1] == 2 and ((steps >= 0) & (steps <= 1)).all():  # both by one selection
             found = self._select(maps, ranks[:, :1], absolute, population)
             keys = np.take_along_axis(found[:, 0], steps, axis=1)
         else:

@@ -4,9 +4,11 @@ Two engines: fibers on one thread, whose order a seed decides, as a shared libra
 each CUDA thread under ThreadSanitizer, as a program that is run once a launch.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
+import platform
 import re
 import shutil
 import subprocess
@@ -21,10 +23,15 @@ _KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
 _CTYPES = {"int": ctypes.c_int, "unsigned": ctypes.c_uint}
 # Sums round as on a device: no multiply-add. Alignment and so on are undefined behaviour there too.
 _FLAGS = ["-std=c++20", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w"]
+_SANITIZED = ["-O1", "-g", "-fsanitize=thread", "-pthread"]
 
 
 class RaceError(AssertionError):
     """ThreadSanitizer has seen two threads at one place, or threads wait for ever."""
+
+
+class NotRunError(Exception):
+    """Nothing was learnt about the kernels: they could not be compiled, or not be started."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +59,48 @@ def compiler_is_missing():
     return None if shutil.which("g++") else "g++ is not installed"
 
 
+def sanitizer_is_missing():
+    """Return why no program runs under ThreadSanitizer here, or None."""
+    return _sanitizer()[1]
+
+
+@functools.cache
+def _sanitizer():
+    """Return the words in front of a program under ThreadSanitizer, and why there are none."""
+    try:
+        program = _compile("int main() { return 0; }", _SANITIZED, "")
+    except NotRunError as error:
+        return [], f"ThreadSanitizer cannot be linked: {error}"
+    # Its shadow memory has fixed addresses. Random ones of the program's may lie within
+    # ("unexpected memory mapping"), on some kernels now and then: better none are random.
+    setarch = shutil.which("setarch")
+    for words in ([setarch, platform.machine(), "-R"] if setarch else [], []):
+        done = subprocess.run([*words, str(program)], capture_output=True, check=False)
+        if done.returncode == 0:
+            return words, None
+    return [], f"ThreadSanitizer cannot start: {done.stderr.decode(errors='replace')[:500]}"
+
+
 def _compile(code, flags, suffix):
     """Return the path of a compiled `code`, made once a session."""
     key = hashlib.sha256(repr((code, flags, suffix)).encode()).hexdigest()[:16]
     path = Path(_session_folder().name) / f"{key}{suffix}"
     if not path.exists():
         command = ["g++", "-x", "c++", "-", *_FLAGS, *flags, f"-I{FOLDER}", "-o", str(path)]
-        done = subprocess.run(command, input=code, text=True, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr
+        try:
+            subprocess.run(command, input=code, text=True, capture_output=True, check=True)
+        except FileNotFoundError as error:
+            raise NotRunError("g++ is not installed") from error
+        except subprocess.CalledProcessError as error:
+            raise NotRunError(error.stderr) from error
     return path
 
 
 @functools.cache
 def _session_folder():
-    return TemporaryDirectory(prefix="gpuroi-kernels-")
+    folder = TemporaryDirectory(prefix="gpuroi-kernels-")
+    atexit.register(folder.cleanup)
+    return folder
 
 
 def _defines(options):
@@ -115,6 +150,7 @@ class _FibersModule:
 
 def _by_ctypes(parameter, argument):
     if not parameter.is_pointer:
+        assert argument.itemsize == 4, f"{parameter.name} has another size on a device"
         return _CTYPES[parameter.type](int(argument))
     if isinstance(argument, np.ndarray):
         assert argument.flags.c_contiguous
@@ -141,13 +177,16 @@ class Threads:
             )
         program = (FOLDER / "program.cpp").read_text().replace("// CASES", "\n    ".join(cases))
         code = "\n".join(['#include "threads.h"', '#include "device.h"', source, program])
-        flags = ["-O1", "-g", "-fsanitize=thread", "-pthread", *_defines(options)]
-        return _ThreadsModule(_compile(code, flags, ""), kernels)
+        words, reason = _sanitizer()
+        if reason is not None:
+            raise NotRunError(reason)
+        program = _compile(code, [*_SANITIZED, *_defines(options)], "")
+        return _ThreadsModule([*words, str(program)], kernels)
 
 
 @dataclass(frozen=True)
 class _ThreadsModule:
-    program: Path
+    command: list
     kernels: dict
 
     def get_function(self, name):
@@ -159,7 +198,7 @@ class _ThreadsModule:
                 size, value = (one.nbytes, 0) if is_array else (-1, int(one))
                 parts += [f"{size} {value}\n".encode(), one.tobytes() if is_array else b""]
             done = subprocess.run(
-                [str(self.program)],
+                self.command,
                 input=b"".join(parts),
                 capture_output=True,
                 check=False,
@@ -167,7 +206,8 @@ class _ThreadsModule:
                 env={"TSAN_OPTIONS": "exitcode=66 halt_on_error=1"},
             )
             if done.returncode != 0:
-                raise RaceError(f"{name}: {done.stderr.decode(errors='replace')[:4000]}")
+                error = NotRunError if b"FATAL: ThreadSanitizer" in done.stderr else RaceError
+                raise error(f"{name}: {done.stderr.decode(errors='replace')[:4000]}")
             after = memoryview(done.stdout)
             for array in arrays:
                 flat = np.frombuffer(after[: array.nbytes], array.dtype)

@@ -24,10 +24,15 @@ struct Index {
 template <class T>
 std::vector<T> values_of(int first, int end, T own, void (*wait)()) {
     uint64_t* deposits = engine::deposits();
-    memcpy(deposits + engine::thread(), &own, sizeof own);
+    uint64_t word = 0;
+    memcpy(&word, &own, sizeof own);
+    __atomic_store_n(deposits + engine::thread(), word, __ATOMIC_RELAXED);
     wait();
     std::vector<T> values(end - first);
-    for (int i = first; i < end; i++) memcpy(&values[i - first], deposits + i, sizeof own);
+    for (int i = first; i < end; i++) {
+        word = __atomic_load_n(deposits + i, __ATOMIC_RELAXED);
+        memcpy(&values[i - first], &word, sizeof own);
+    }
     wait();
     return values;
 }
