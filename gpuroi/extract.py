@@ -1,6 +1,9 @@
 """The native door: from maps to regions in one call."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Literal
 
@@ -12,6 +15,8 @@ from gpuroi.result import Regions
 from gpuroi.types import Connectivity, ImageLike, Tail
 
 __all__ = ["extract_regions"]
+
+_MOST_READERS = 16
 
 
 def extract_regions(
@@ -104,8 +109,29 @@ def extract_regions(
     )
     chosen = get_backend(backend)
     if isinstance(img, Sequence | Iterator) and not isinstance(img, str):
-        maps = chain.from_iterable(io.read_maps(one) for one in img)
+        is_device = chosen.batch_bytes > 1
+        maps = _read_ahead(img) if is_device else chain.from_iterable(map(io.read_maps, img))
         return list(extract_maps(maps, recipe, chosen))
     volumes = io.read_maps(img)
     results = list(extract_maps(volumes, recipe, chosen))
     return results[0] if len(results) == 1 else results
+
+
+def _read_ahead(sources: Iterable[ImageLike]) -> Iterator[io.Map]:
+    """Yield the maps of all `sources` in order, while threads decode those that come next.
+
+    A device takes maps faster than one core decodes them. Decoders leave the interpreter to others.
+    """
+    n_readers = min(_MOST_READERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(n_readers) as readers:
+        ahead: deque[Future[list[io.Map]]] = deque()
+        try:
+            for source in sources:
+                ahead.append(readers.submit(io.read_maps, source))
+                if len(ahead) > 2 * n_readers:  # as many as keep them busy, not all of a cohort
+                    yield from ahead.popleft().result()
+            while ahead:
+                yield from ahead.popleft().result()
+        finally:
+            for reading in ahead:
+                reading.cancel()

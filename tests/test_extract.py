@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import warnings
 
 import nibabel as nib
@@ -14,6 +15,7 @@ import gpuroi
 from gpuroi.backends.cpu import CpuBackend
 from gpuroi.datasets import load_sample_motor_activation_image
 from gpuroi.errors import DeviceMemoryError, InvalidMapError
+from gpuroi.extract import _read_ahead
 from gpuroi.image import threshold_img
 from gpuroi.regions import connected_regions
 from gpuroi.result import COLUMNS
@@ -148,6 +150,44 @@ class TestSeries:
             r"GPU: cannot allocate 10752 bytes; pass backend='cpu'",
         ):
             gpuroi.extract_regions(images[0], backend=backend)
+
+
+class TestReadingAhead:
+    """A device gets maps that threads have decoded meanwhile."""
+
+    @pytest.fixture
+    def paths(self, tmp_path):
+        paths = [tmp_path / f"{seed}.nii.gz" for seed in range(45)]
+        for seed, path in enumerate(paths):
+            nib.save(image(blobs((6, 7, 8), seed=seed)), path)
+        return paths
+
+    def test_results_come_in_order(self, paths):
+        found = gpuroi.extract_regions(paths, "90%", backend=library_on_cpu())
+        expected = [gpuroi.extract_regions(path, "90%", backend="cpu") for path in paths]
+        assert [regions.provenance["source"] for regions in found] == [*map(str, paths)]
+        for regions, reference in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(regions.labels, reference.labels)
+
+    def test_no_more_files_are_opened_than_threads_can_use(self, paths, monkeypatch):
+        monkeypatch.setattr("gpuroi.extract._MOST_READERS", 2)
+        asked = []
+
+        def sources():
+            for path in paths:
+                asked.append(path)
+                yield path
+
+        maps = _read_ahead(sources())
+        next(maps)
+        assert len(asked) == 5
+        maps.close()
+
+    def test_the_first_damaged_file_is_told(self, paths):
+        for damaged in (paths[7], paths[30]):
+            damaged.write_bytes(damaged.read_bytes()[:-10])
+        with pytest.raises(InvalidMapError, match=re.escape(str(paths[7]))):
+            gpuroi.extract_regions(paths, backend=library_on_cpu())
 
 
 class TestPopulationsAndMasks:
