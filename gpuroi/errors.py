@@ -36,6 +36,10 @@ class MissingExtraError(GpuroiError, ImportError):
     """A feature whose optional packages are not installed."""
 
 
+class DownloadError(GpuroiError, OSError):
+    """A file that could not be fetched; the message says from where, why, and what else to do."""
+
+
 def warn(message: str) -> None:
     """Warn the user: the warning points at the first line outside gpuroi."""
     level, frame = 2, sys._getframe(1)
