@@ -1,7 +1,7 @@
 """Regions of a t-map: threshold it, pull the regions apart, look at them.
 
-The map is of a task that compares auditory computation with visual computation (NeuroVault image
-32980). It is thresholded twice, by percentile and by value, and the regions of both are found by
+The map is of mental subtraction after spoken instructions (NeuroVault image 32980; fetching it takes
+the extra ``datasets``). It is thresholded twice, by percentile and by value, and the regions of both are found by
 the random walker. In a script written for nilearn the import lines are all that changes.
 
     python extract_regions.py [FOLDER FOR THE PICTURES]
