@@ -1,0 +1,10 @@
+"""Cohorts: as many maps as there are, one call, nothing lost.
+
+`extract_cohort` finds the maps, works through them in processes, and keeps a ledger, so that a run
+that was stopped, or met a damaged file, goes on where it was.
+"""
+
+from gpuroi.cohort._discover import MapFile, find_maps
+from gpuroi.cohort._run import CohortReport, extract_cohort
+
+__all__ = ["CohortReport", "MapFile", "extract_cohort", "find_maps"]

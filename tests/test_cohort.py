@@ -1,0 +1,340 @@
+"""Cohorts: what is found, what is done again, and what survives being killed."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+import gpuroi
+from gpuroi.cohort import extract_cohort, find_maps
+from gpuroi.cohort._ledger import FolderInUseError, Ledger
+from gpuroi.cohort._workers import WorkerDiedError, run_jobs
+from tests.conftest import image
+
+RECIPE = {"threshold": "90%", "min_region_size": 20}
+
+
+def save_maps(folder, names, blobs, shape=(12, 13, 14)):
+    paths = []
+    for seed, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(image(blobs(shape, seed=seed)), path)
+        paths.append(path)
+    return paths
+
+
+def contents(folder):
+    """Return a digest of every file of the output, but for the ledger."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".gpuroi" not in path.parts
+    }
+
+
+def ledger_of(folder):
+    lines = (folder / ".gpuroi" / "ledger.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def cohort(tmp_path, blobs):
+    """Return a folder with twelve maps below two folders."""
+    names = [f"group-{i % 2}/sub-{i:02d}_tmap.nii.gz" for i in range(12)]
+    save_maps(tmp_path / "maps", names, blobs)
+    return tmp_path / "maps"
+
+
+class TestDiscovery:
+    @pytest.fixture
+    def tree(self, tmp_path, monkeypatch):
+        names = ["a.nii.gz", "b.nii", "sub/a.nii.gz", ".hidden/c.nii", "notes.txt", "sub/.d.nii"]
+        for name in names:
+            path = tmp_path / "tree" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        monkeypatch.chdir(tmp_path)
+        return tmp_path / "tree"
+
+    def stems(self, *inputs, **options):
+        return [str(one.stem) for one in find_maps(inputs, **options)]
+
+    def test_folders_patterns_lists_and_files(self, tree):
+        assert self.stems(tree) == ["a", "b", "sub/a"]
+        assert self.stems("tree/*.nii*") == ["a", "b"]
+        assert self.stems("tree/**/b.nii") == ["b"]
+        Path("maps.txt").write_text("# two\ntree/b.nii\n\n  tree/a.nii.gz\n")
+        assert self.stems("@maps.txt") == ["b", "a"]
+        assert self.stems("missing.nii.gz") == ["missing"]
+
+    def test_each_file_once(self, tree):
+        assert self.stems(tree, tree / "b.nii", "tree") == ["a", "b", "sub/a"]
+
+    def test_two_maps_of_one_name_are_refused(self, tree):
+        with pytest.raises(
+            ValueError, match="would both write a_desc-regions_dseg; name the folder"
+        ):
+            find_maps(["tree/a.nii.gz", "tree/sub/a.nii.gz"])
+
+    @pytest.mark.parametrize("source", ["nothing-*.nii", "empty"])
+    def test_what_names_nothing_is_told(self, tree, source):
+        Path("empty").mkdir()
+        with pytest.raises(ValueError, match="there is no map here"):
+            find_maps([source])
+
+    def test_shards_part_the_maps(self, tree):
+        whole = self.stems(tree)
+        parts = [self.stems(tree, shard=(i, 2)) for i in (1, 2)]
+        assert sorted(parts[0] + parts[1]) == whole
+        assert not set(parts[0]) & set(parts[1])
+        assert self.stems(tree, limit=2) == whole[:2]
+        with pytest.raises(ValueError, match="shard 3/2 does not exist"):
+            find_maps([tree], shard=(3, 2))
+
+    def test_bids_derivatives(self, tmp_path):
+        folder = tmp_path / "fitlins"
+        names = [
+            "sub-01/func/sub-01_task-motor_contrast-left_stat-t_statmap.nii.gz",
+            "sub-01/func/sub-01_task-motor_contrast-left_stat-z_statmap.nii.gz",
+            "sub-02/func/sub-02_task-rest_contrast-left_stat-t_statmap.nii.gz",
+            "sub-01/func/sub-01_task-motor_desc-preproc_bold.nii.gz",
+            "sub-01/anat/sub-01_T1w.nii.gz",
+        ]
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        (folder / "dataset_description.json").write_text("{}")
+        assert len(self.stems(folder)) == 3
+        assert self.stems(folder, entities={"sub": ["01"], "stat": ["t"]}) == [
+            "sub-01/func/sub-01_task-motor_contrast-left_stat-t_statmap"
+        ]
+        assert len(self.stems(folder, entities={"sub": ["sub-01", "sub-02"], "stat": ["t"]})) == 2
+        with pytest.raises(ValueError, match="no map has task-memory"):
+            find_maps([folder], entities={"task": ["memory"]})
+
+
+class TestResults:
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_files_are_those_of_each_map_alone(self, cohort, tmp_path, jobs):
+        progress = []
+        report = extract_cohort(
+            cohort,
+            tmp_path / "out",
+            RECIPE,
+            jobs=jobs,
+            batch_size=2,
+            on_progress=lambda *numbers: progress.append(numbers),
+        )
+        assert (report.n_done, report.n_skipped, report.failures) == (12, 0, ())
+        assert progress[-1] == (12, 0, 12)
+        total = np.zeros((12, 13, 14), int)
+        rows = []
+        for path in sorted(cohort.rglob("*.nii.gz")):
+            alone = gpuroi.extract_regions(path, **RECIPE, backend="cpu")
+            stem = path.relative_to(cohort).as_posix().removesuffix(".nii.gz")
+            alone.save(tmp_path / "alone" / stem)
+            for extension in (".nii.gz", ".tsv", ".json"):
+                expected = (tmp_path / "alone" / f"{stem}{extension}").read_bytes()
+                written = tmp_path / "out" / f"{stem}_desc-regions_dseg{extension}"
+                assert written.read_bytes() == expected
+            total += alone.labels > 0
+            rows += [stem] * len(alone)
+        table = pd.read_csv(report.summary["regions"], sep="\t")
+        assert table["map"].tolist() == rows
+        np.testing.assert_array_equal(nib.load(report.summary["overlap"]).dataobj, total)
+        description = json.loads(report.summary["description"].read_text())
+        assert description["DatasetType"] == "derivative"
+
+    def test_series_of_maps(self, tmp_path, blobs):
+        volumes = [blobs(seed=seed) for seed in range(3)]
+        nib.save(image(np.stack(volumes, axis=-1)), tmp_path / "series.nii")
+        report = extract_cohort(tmp_path / "series.nii", tmp_path / "out", RECIPE, jobs=1)
+        assert report.n_done == 1
+        labels = tmp_path / "out" / "series_vol-0002_desc-regions_dseg.nii.gz"
+        expected = gpuroi.extract_regions(image(volumes[2]), **RECIPE).labels
+        np.testing.assert_array_equal(nib.load(labels).dataobj, expected)
+
+    def test_grids_that_differ_have_no_overlap(self, tmp_path, blobs):
+        save_maps(tmp_path / "in", ["a.nii"], blobs)
+        save_maps(tmp_path / "in", ["b.nii"], blobs, shape=(9, 9, 9))
+        assert "overlap" not in extract_cohort(tmp_path / "in", tmp_path / "out", RECIPE).summary
+
+    def test_outputs_are_no_inputs(self, cohort):
+        for _ in range(2):
+            report = extract_cohort(cohort, cohort / "out", RECIPE)
+            assert report.n_done + report.n_skipped == 12
+
+
+class TestFailures:
+    def test_a_failed_map_is_a_row(self, cohort, tmp_path):
+        damaged, fifo, folder = (
+            cohort / f"{name}.nii.gz" for name in ("damaged", "fifo", "folder")
+        )
+        whole = next(cohort.rglob("*.nii.gz")).read_bytes()
+        damaged.write_bytes(whole[:-20])
+        os.mkfifo(fifo)
+        folder.mkdir()
+        missing = tmp_path / "missing.nii"
+        report = extract_cohort([cohort, missing], tmp_path / "out", RECIPE, jobs=2, batch_size=3)
+        assert report.n_done == 12
+        table = pd.read_csv(report.summary["failures"], sep="\t")
+        assert [Path(source).name for source in table["source"]] == [
+            "damaged.nii.gz",
+            "fifo.nii.gz",
+            "folder.nii.gz",
+            "missing.nii",
+        ]
+        assert set(table["error"]) == {"InvalidMapError", "FileNotFoundError"}
+        assert table["message"].str.contains("not a regular file").sum() == 2
+        assert not [name for name in contents(tmp_path / "out") if "damaged" in name]
+
+    def test_failures_stay_until_they_change_or_are_to_be_tried_again(self, cohort, tmp_path):
+        damaged = cohort / "damaged.nii.gz"
+        whole = next(cohort.rglob("*.nii.gz")).read_bytes()
+        damaged.write_bytes(whole[:-20])
+
+        def run(**options):
+            report = extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1, **options)
+            return (
+                report.n_done,
+                report.n_skipped,
+                len(report.failures),
+                len(ledger_of(report.folder)),
+            )
+
+        assert run() == (12, 0, 1, 13)
+        assert run() == (0, 12, 1, 13)
+        assert run(retry_failed=True) == (0, 12, 1, 14)
+        damaged.write_bytes(whole)
+        assert run() == (1, 12, 0, 15)
+
+    def test_a_killed_process_costs_its_own_job(self):
+        results = dict(run_jobs(range(20), 2, 4, _squares, ({7, 12},)))
+        assert {job for job, result in results.items() if isinstance(result, WorkerDiedError)} == {
+            7,
+            12,
+        }
+        assert all(results[job] == job**2 for job in range(20) if job not in {7, 12})
+        assert "SIGKILL, perhaps for want of memory" in str(results[7])
+
+    def test_processes_that_cannot_begin_end_the_run(self):
+        with pytest.raises(WorkerDiedError, match="worker processes end before they begin"):
+            list(run_jobs(range(5), 2, 2, _cannot_begin, ()))
+
+    def test_a_folder_is_used_by_one_run(self, cohort, tmp_path):
+        with (
+            Ledger(tmp_path / "out", None),
+            pytest.raises(FolderInUseError, match="is in use by another run"),
+        ):
+            extract_cohort(cohort, tmp_path / "out", RECIPE)
+        first = extract_cohort(cohort, tmp_path / "out", RECIPE, shard=(1, 2))
+        with Ledger(tmp_path / "out", (1, 2)):  # other shards may
+            second = extract_cohort(cohort, tmp_path / "out", RECIPE, shard=(2, 2))
+        assert first.n_done + second.n_done == 12
+        assert len(set(pd.read_csv(second.summary["regions"], sep="\t")["map"])) == 12
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_a_folder_that_cannot_be_written_to(self, cohort, tmp_path):
+        (tmp_path / "out").mkdir(mode=0o500)
+        with pytest.raises(PermissionError):
+            extract_cohort(cohort, tmp_path / "out", RECIPE)
+
+
+def _squares(deadly):
+    def work(job):
+        if job in deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return job**2
+
+    return work
+
+
+def _cannot_begin():
+    os._exit(3)
+
+
+class TestResuming:
+    def test_what_is_done_is_not_done_again(self, cohort, tmp_path):
+        extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1, limit=5)
+        report = extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1)
+        assert (report.n_done, report.n_skipped) == (7, 5)
+
+    def test_what_is_damaged_gone_or_changed_is_done_again(self, cohort, tmp_path):
+        out = tmp_path / "out"
+        extract_cohort(cohort, out, RECIPE, jobs=1)
+        before = contents(out)
+        labels = sorted(out.rglob("*.nii.gz"))
+        labels[0].write_bytes(labels[0].read_bytes()[:-1] + b"!")
+        labels[1].unlink()
+        changed = sorted(cohort.rglob("*.nii.gz"))[5]
+        os.utime(changed, ns=(1, 1))
+        report = extract_cohort(cohort, out, RECIPE, jobs=1)
+        assert (report.n_done, report.n_skipped) == (3, 9)
+        assert contents(out) == before
+
+    def test_other_parameters_do_all_again(self, cohort, tmp_path):
+        extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1)
+        report = extract_cohort(cohort, tmp_path / "out", RECIPE | {"threshold": "95%"}, jobs=1)
+        assert (report.n_done, report.n_skipped) == (12, 0)
+
+    def test_other_voxels_of_a_mask_do_all_again(self, cohort, tmp_path, blobs):
+        mask = np.ones((12, 13, 14), np.uint8)
+        for n_done in (12, 0):
+            options = RECIPE | {"mask_img": image(mask)}
+            assert extract_cohort(cohort, tmp_path / "out", options, jobs=1).n_done == n_done
+        mask[0] = 0
+        options = RECIPE | {"mask_img": image(mask)}
+        assert extract_cohort(cohort, tmp_path / "out", options, jobs=1).n_done == 12
+
+    def test_a_torn_line_is_one_map_more_to_do(self, cohort, tmp_path):
+        extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1)
+        ledger = tmp_path / "out" / ".gpuroi" / "ledger.jsonl"
+        ledger.write_bytes(ledger.read_bytes()[:-30])
+        report = extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1)
+        assert (report.n_done, report.n_skipped) == (1, 11)
+        assert extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1).n_skipped == 12
+
+
+SCRIPT = """
+import sys
+from gpuroi.cohort import extract_cohort
+if __name__ == "__main__":
+    extract_cohort(sys.argv[1], sys.argv[2], {"threshold": "90%", "min_region_size": 20}, jobs=2)
+"""
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_the_same_bytes(tmp_path, blobs):
+    names = [f"g{i % 3}/m{i:04d}.nii.gz" for i in range(1500)]
+    first = save_maps(tmp_path / "in", names[:30], blobs, shape=(24, 26, 28))
+    for i, name in enumerate(names[30:]):
+        shutil.copy(first[i % 30], tmp_path / "in" / name)
+    extract_cohort(tmp_path / "in", tmp_path / "calm", RECIPE, jobs=2)
+    (tmp_path / "run.py").write_text(SCRIPT)
+    command = [sys.executable, tmp_path / "run.py", tmp_path / "in", tmp_path / "out"]
+    rng = np.random.default_rng(0)
+    n_done = []
+    for _ in range(20):
+        run = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.5, 1.3))
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        ledger = tmp_path / "out" / ".gpuroi" / "ledger.jsonl"
+        n_done.append(len(ledger.read_bytes().splitlines()) if ledger.exists() else 0)
+    subprocess.run(command, check=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "calm")
+    done = [one["source"] for one in ledger_of(tmp_path / "out") if one["status"] == "done"]
+    assert len(done) == len(set(done)) == 1500
+    assert len(set(n_done)) > 3  # the kills did hit it at work
+    assert not list((tmp_path / "out").rglob("*.tmp"))
