@@ -253,29 +253,42 @@ def smallest_label_dtype(n_labels: int) -> np.dtype[np.integer]:
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when the block ends, and vanishes if it fails."""
+def atomic_writer(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `path` when the block ends, and vanishes if it fails.
+
+    Without `sync` it may be found empty after a power cut, though never after a crash.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+            if sync:
+                stream.flush()
+                os.fsync(stream.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def write_image(image: nib.Nifti1Image, path: Path) -> None:
-    """Write `image` to a ``.nii.gz`` file, the same bytes for the same image."""
+def compressed(image: nib.Nifti1Image) -> bytes:
+    """Return the content of a ``.nii.gz`` file, the same bytes for the same image."""
     stream = io.BytesIO()
     image.to_stream(stream)
-    with atomic_writer(path) as file:
-        file.write(igzip.compress(stream.getvalue(), compresslevel=2, mtime=0))
+    return igzip.compress(stream.getvalue(), compresslevel=2, mtime=0)
+
+
+def write_image(image: nib.Nifti1Image, path: Path) -> None:
+    """Write `image` to a ``.nii.gz`` file."""
+    write_bytes(compressed(image), path)
 
 
 def write_text(text: str, path: Path) -> None:
     """Write `text` in UTF-8."""
-    with atomic_writer(path) as file:
-        file.write(text.encode())
+    write_bytes(text.encode(), path)
+
+
+def write_bytes(content: bytes, path: Path, *, sync: bool = True) -> None:
+    """Write `content` whole or not at all; see `atomic_writer`."""
+    with atomic_writer(path, sync=sync) as file:
+        file.write(content)

@@ -153,22 +153,27 @@ class Regions:
         """
         from gpuroi import io
 
-        paths = {
-            kind: Path(f"{prefix}{extension}").expanduser()
-            for kind, extension in (
-                ("labels", ".nii.gz"),
-                ("table", ".tsv"),
-                ("provenance", ".json"),
-            )
-        }
-        paths["labels"].parent.mkdir(parents=True, exist_ok=True)
+        paths = {}
+        for kind, (extension, content) in self.files().items():
+            paths[kind] = Path(f"{prefix}{extension}").expanduser()
+            paths[kind].parent.mkdir(parents=True, exist_ok=True)
+            io.write_bytes(content, paths[kind])
+        return paths
+
+    def files(self) -> dict[str, tuple[str, bytes]]:
+        """Return what `save` writes: the extension and the content of each kind of file."""
+        from gpuroi import io
+
         labels = self.voxels.labels().astype(io.smallest_label_dtype(len(self)))
         table = self._measured().rename(columns={"label": "index"})
         table.insert(1, "name", [f"region-{index}" for index in table["index"]])
-        io.write_image(io.labels_image(labels, self.affine, self.header), paths["labels"])
-        io.write_text(
-            table.to_csv(sep="\t", index=False, lineterminator="\n", na_rep="n/a"), paths["table"]
-        )
+        text = table.to_csv(sep="\t", index=False, lineterminator="\n", na_rep="n/a")
         sidecar = dict(self.provenance) | {"columns": COLUMNS}
-        io.write_text(json.dumps(sidecar, indent=2) + "\n", paths["provenance"])
-        return paths
+        return {
+            "labels": (
+                ".nii.gz",
+                io.compressed(io.labels_image(labels, self.affine, self.header)),
+            ),
+            "table": (".tsv", text.encode()),
+            "provenance": (".json", (json.dumps(sidecar, indent=2) + "\n").encode()),
+        }

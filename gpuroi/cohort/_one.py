@@ -53,10 +53,11 @@ def extract_one(
                 raise InvalidMapError(f"{one.path} was changed while it was read.")
             for number, regions in enumerate(extract_maps(volumes, recipe, backend)):
                 volume = f"_vol-{number:04d}" if len(volumes) > 1 else ""
-                prefix = folder / f"{one.stem}{volume}_desc-regions_dseg"
-                for path in regions.save(prefix).values():
-                    content = path.read_bytes()
-                    name = path.relative_to(folder).as_posix()
+                for extension, content in regions.files().values():
+                    name = f"{one.stem}{volume}_desc-regions_dseg{extension}"
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    # The ledger tells what a power cut has emptied: no need to wait for the disk.
+                    io.write_bytes(content, folder / name, sync=False)
                     outputs[name] = (len(content), zlib.crc32(content))
                 n_regions += len(regions)
         except Exception as error:  # whatever is wrong with a map is a record, not the end
