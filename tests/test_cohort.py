@@ -17,6 +17,7 @@ import pytest
 
 import gpuroi
 from gpuroi.cohort import extract_cohort, find_maps
+from gpuroi.cohort._distributed import run_on_dask
 from gpuroi.cohort._ledger import FolderInUseError, Ledger
 from gpuroi.cohort._workers import WorkerDiedError, run_jobs
 from tests.conftest import image
@@ -338,3 +339,40 @@ def test_twenty_kills_leave_the_same_bytes(tmp_path, blobs):
     assert len(done) == len(set(done)) == 1500
     assert len(set(n_done)) > 3  # the kills did hit it at work
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+class TestDask:
+    @pytest.fixture
+    def client(self):
+        distributed = pytest.importorskip("distributed")
+        options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+        with (
+            distributed.LocalCluster(**options, silence_logs=50) as cluster,
+            distributed.Client(cluster) as client,
+        ):
+            yield client
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")  # of distributed and tornado, about sockets that close
+    def test_a_cluster_writes_the_same_bytes_though_a_worker_is_killed(
+        self, client, cohort, tmp_path
+    ):
+        extract_cohort(cohort, tmp_path / "here", RECIPE, jobs=1)
+        processes = client.run(os.getpid)
+
+        def kill_one(n_done, n_failed, n_todo):
+            if n_done == 2:
+                os.kill(next(iter(processes.values())), signal.SIGKILL)
+
+        report = extract_cohort(
+            cohort, tmp_path / "there", RECIPE, client=client, batch_size=1, on_progress=kill_one
+        )
+        assert (report.n_done, report.failures) == (12, ())
+        assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_job_that_kills_its_workers_is_lost_alone(self, client):
+        results = dict(run_on_dask(client, list(range(6)), 3, _squares, ({4},)))
+        assert isinstance(results.pop(4), WorkerDiedError)
+        assert results == {job: job**2 for job in (0, 1, 2, 3, 5)}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpuroi.cohort._discover import MapFile, find_maps
+from gpuroi.cohort._distributed import run_on_dask
 from gpuroi.cohort._ledger import Ledger, Record, are_whole
 from gpuroi.cohort._one import Outcome, failed, identify, make_work
 from gpuroi.cohort._summary import write_summary
@@ -46,6 +47,7 @@ def extract_cohort(
     batch_size: int | None = None,
     retry_failed: bool = False,
     backend: str = "cpu",
+    client: Any = None,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> CohortReport:
     """Write the regions of many maps, in processes, and go on where an earlier run was stopped.
@@ -69,6 +71,9 @@ def extract_cohort(
         Try again what failed before and has not changed since.
     backend : {"cpu", "cuda", "auto"}
         Where each process computes.
+    client : distributed.Client, optional
+        Run on the workers of a Dask cluster instead of `jobs` processes; all of them see the inputs
+        and `out_dir` at the same paths.
     on_progress : callable, optional
         Called with the numbers of maps done, failed and to do in this run.
 
@@ -112,13 +117,13 @@ def extract_cohort(
         todo, earlier_failures, n_skipped = _to_do(maps, ledger, parameters, retry_failed)
         n_done, failures = 0, list(earlier_failures)
         warnings: list[str] = []
-        for one, result in run_jobs(
-            todo,
-            min(n_jobs, max(1, len(todo))),
-            batch_size or _BATCH,
-            make_work,
-            (folder, chosen, parameters, backend),
-        ):
+        arguments = (folder, chosen, parameters, backend)
+        size = batch_size or _BATCH
+        if client is None:
+            results = run_jobs(todo, min(n_jobs, max(1, len(todo))), size, make_work, arguments)
+        else:
+            results = run_on_dask(client, todo, size, make_work, arguments)
+        for one, result in results:
             if isinstance(result, WorkerDiedError):
                 result = Outcome(failed(one, parameters, result))
             ledger.add(result.record)
