@@ -19,6 +19,8 @@ from nilearn.regions import connected_regions as nilearn_connected_regions
 from scipy import ndimage, stats
 
 import gpuroi
+from benchmarks.cohort import Cohort
+from benchmarks.cohort import contenders as cohort_contenders
 from gpuroi.algorithms import dirichlet
 from gpuroi.algorithms.checkerboard import HAS_CHOLMOD
 from gpuroi.backends.cpu import CpuBackend, cc3d
@@ -308,8 +310,35 @@ def _figures(grid: str, regions_img: nib.Nifti1Image) -> Comparison:
     )
 
 
+def cohort(tiny: bool = False) -> Iterator[Comparison]:
+    """Time cohorts on disk with two processes each, writing included."""
+    promised = {
+        ("3 mm", "connected_components"): 6.0,
+        ("2 mm", "connected_components"): 12.0,
+        ("3 mm", "local_regions"): 5.0,
+        ("2 mm", "local_regions"): 7.0,
+    }
+    maps = sample_maps(tiny)
+    for (grid, method), target in promised.items():
+        if grid not in maps:
+            continue
+        n_maps = 3 if tiny else {"3 mm": 1000, "2 mm": 120}[grid]
+        with tempfile.TemporaryDirectory() as folder:
+            files = Cohort(Path(folder), maps[grid], n_maps, method)
+            yield Comparison(
+                name=f"cohort, {grid}, {method}",
+                parameters={"n_maps": n_maps, "threshold": "97%", "min_region_size_mm3": 1500},
+                contenders=cohort_contenders(files),
+                # The files are there: `Cohort.gpuroi` counts them. Other cases compare voxels.
+                check=lambda results: None,
+                targets={"gpuroi": target},
+                repeats=3,
+            )
+
+
 CASES: dict[str, Callable[[bool], Iterator[Comparison]]] = {
     "components": components,
     "local_regions": local_regions,
     "plots": plots,
+    "cohort": cohort,
 }

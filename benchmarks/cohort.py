@@ -1,0 +1,89 @@
+"""Cohorts on disk: gpuroi, nilearn under joblib, and the floor, with two processes each."""
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from isal import igzip
+from joblib import Parallel, delayed
+from nilearn.image import threshold_img
+from nilearn.regions import connected_regions
+
+from gpuroi.cohort import extract_cohort
+
+PROCESSES = 2
+_DISTINCT = 10
+_NIFTI_HEADER = 352  # bytes before the voxels
+
+
+class Cohort:
+    """Maps on disk, and the ways to work through them; each way writes to a folder of its own."""
+
+    def __init__(self, folder: Path, img: nib.Nifti1Image, n_maps: int, method: str) -> None:
+        self._folder = folder
+        self.inputs = folder / "maps"
+        self.inputs.mkdir()
+        self._method = method
+        for number, content in zip(range(n_maps), _contents(img), strict=False):
+            (self.inputs / f"map-{number:05d}.nii.gz").write_bytes(content)
+        self.paths = sorted(self.inputs.iterdir())
+
+    def gpuroi(self) -> Path:
+        """Write labels, tables and sidecars; return the folder."""
+        out = self._fresh("gpuroi")
+        recipe = {"threshold": "97%", "min_region_size": 1500, "method": self._method}
+        report = extract_cohort(self.inputs, out, recipe, jobs=PROCESSES)
+        assert report.n_done == len(self.paths)
+        return out
+
+    def nilearn(self) -> Path:
+        """Write the 4-D images of nilearn."""
+        out = self._fresh("nilearn")
+        with Parallel(n_jobs=PROCESSES) as pool:
+            pool(delayed(_nilearn)(path, out / path.name, self._method) for path in self.paths)
+        return out
+
+    def floor(self) -> None:
+        """Decode every map and look at each voxel once."""
+        with Parallel(n_jobs=PROCESSES) as pool:
+            pool(delayed(_decode)(path) for path in self.paths)
+
+    def _fresh(self, name: str) -> Path:
+        return Path(tempfile.mkdtemp(prefix=name, dir=self._folder))
+
+
+def _contents(img: nib.Nifti1Image) -> Iterator[bytes]:
+    """Yield files of maps, a few of them again and again: noise is slow to make."""
+    rng = np.random.default_rng(0)
+    data = np.asanyarray(img.dataobj)
+    made = []
+    for _ in range(_DISTINCT):
+        noise = rng.normal(0, 0.05, data.shape) * (data != 0)
+        scaled = (data * rng.uniform(0.8, 1.2) + noise).astype(np.float32)
+        made.append(igzip.compress(nib.Nifti1Image(scaled, img.affine).to_bytes(), 1))
+    while True:
+        yield from made
+
+
+def _nilearn(path: Path, out: Path, method: str) -> None:
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        regions, _ = connected_regions(threshold_img(path, "97%"), 1500, method)
+    if regions is not None:
+        regions.to_filename(out)
+
+
+def _decode(path: Path) -> float:
+    content = igzip.decompress(path.read_bytes())
+    return float(np.abs(np.frombuffer(content, np.float32, offset=_NIFTI_HEADER)).max())
+
+
+def contenders(cohort: Cohort) -> dict[str, Callable[[], Any]]:
+    """Return the ways to work through `cohort`, the one to compare with first."""
+    return {"nilearn, joblib": cohort.nilearn, "gpuroi": cohort.gpuroi, "floor": cohort.floor}
