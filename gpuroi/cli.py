@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from gpuroi.backends import Backend
     from gpuroi.recipe import Recipe
+    from gpuroi.report import Report
     from gpuroi.result import Regions
 
 app = typer.Typer(
@@ -34,6 +35,9 @@ _VOLUME = re.compile(r"_vol-\d{4,}$")
 # Beyond these, a person no longer reads what scrolls past.
 _MOST_TABLES = 8
 _MOST_ROWS = 40
+
+# Of more maps there is a report only when it is asked for.
+_MOST_REPORTED = 50
 
 
 def _print_version(wanted: bool) -> None:
@@ -122,12 +126,23 @@ def extract(
         ),
     ] = False,
     backend: Annotated[str, typer.Option(help="auto, cpu or cuda; see 'gpuroi devices'.")] = "auto",
+    report: Annotated[
+        bool | None,
+        typer.Option(
+            "--report/--no-report",
+            help="Write OUT/report.html, a page to look through all results.",
+            show_default="where there are at most 50 maps",
+        ),
+    ] = None,
 ) -> None:
     """Write the regions of each MAP: labels (.nii.gz), a table (.tsv) and provenance (.json).
 
     The files are named after the map: sub-01_tmap.nii.gz gives
     OUT/sub-01_tmap_desc-regions_dseg.nii.gz, .tsv and .json;
     volumes of a 4-D map have _vol-0000, _vol-0001, ... before _desc.
+
+    OUT/report.html shows them; of two maps or more, OUT/overlap.nii.gz
+    counts in how many each voxel lies in a region.
 
     Exit code: 0 all maps done, 1 some failed, 2 the command cannot be run.
     """
@@ -159,18 +174,24 @@ def extract(
         output = output.expanduser()
         output.mkdir(parents=True, exist_ok=True)
 
+    pages = _Pages(
+        output, recipe, asked=report, n_sources=len(sources), screen=screen, errors=errors
+    )
     failed = 0
     with _progress(errors, len(sources)) as advance:
         for source, stem in zip(sources, stems, strict=True):
             try:
-                results = _extract_one(source, output / stem, recipe, chosen, errors)
+                results = _extract_one(source, output / stem, recipe, chosen, errors, pages)
             except (ValueError, OSError, MemoryError) as error:
                 failed += 1
                 named = str(error) if str(source) in str(error) else f"{source}: {error}"
                 _say(errors, "failed", named, "bold red")
+                pages.fail(source, error)
             except RuntimeError as error:
+                pages.fail(source, error)
                 if chosen.name != "cpu":  # the device may be lost; no other map would fare better
                     _say(errors, "error", f"{source}: {error}; nothing more was done.", "bold red")
+                    pages.write()
                     raise typer.Exit(1) from error
                 failed += 1
                 _say(errors, "failed", f"{source}: {error}", "bold red")
@@ -179,9 +200,11 @@ def extract(
                 for regions, path in results:
                     _show(screen, regions, path, as_table=few)
             advance()
+    reported = pages.write()
     if failed:
         others = f"; the others are in {output}" if failed < len(sources) else ""
         errors.print(f"{failed} of {len(sources)} maps failed{others}.", soft_wrap=True)
+    if failed or not reported:
         raise typer.Exit(1)
 
 
@@ -214,8 +237,75 @@ def main() -> None:
     app(prog_name="gpuroi")
 
 
+class _Pages:
+    """The report of a run, if there is to be one: what goes wrong with it costs nothing else."""
+
+    def __init__(
+        self,
+        output: Path,
+        recipe: "Recipe",
+        *,
+        asked: bool | None,
+        n_sources: int,
+        screen: "Console",
+        errors: "Console",
+    ) -> None:
+        self._asked, self._screen, self._errors = asked, screen, errors
+        self._folder = output
+        self._report: Report | None = None
+        self._error: Exception | None = None
+        if asked or (asked is None and n_sources <= _MOST_REPORTED):
+            with self._kept_apart():
+                from gpuroi import report
+
+                self._report = report.Report(output, recipe.describe())
+
+    def add(self, regions: "Regions", path: Path, values: Any) -> None:
+        """Take in the regions of a map, whose label image is at `path`."""
+        if self._report is None:
+            return
+        if self._asked is None and len(self._report) == _MOST_REPORTED:
+            self._report = None  # volumes of a series are maps, too
+            return
+        with self._kept_apart():
+            self._report.add(regions, path, values)
+
+    def fail(self, source: Path, error: Exception) -> None:
+        """Take in a map that failed."""
+        if self._report is not None:
+            self._report.fail(str(source), str(error))
+
+    def write(self) -> bool:
+        """Write the page and say where it is; return whether all went well."""
+        if self._report is not None:
+            with self._kept_apart():
+                self._report.write()
+        if self._error is not None:
+            reason = str(self._error) or type(self._error).__name__
+            message = f"the report could not be written ({reason}); the results are complete."
+            _say(self._errors, "error", message, "bold red")
+        elif self._report is not None:
+            self._screen.print(f"The report is {self._folder / 'report.html'}", soft_wrap=True)
+        elif self._asked is None:
+            self._screen.print(f"More than {_MOST_REPORTED} maps: --report writes a report, too.")
+        return self._error is None
+
+    @contextmanager
+    def _kept_apart(self) -> Iterator[None]:
+        """Keep an error of the block, whatever it is, and end the report with it."""
+        try:
+            yield
+        except Exception as error:  # no reason to lose a map, nor those that follow
+            self._report, self._error = None, error
+
+
 def _extract_one(
-    source: Path, prefix: Path, recipe: "Recipe", backend: "Backend", errors: "Console"
+    source: Path,
+    prefix: Path,
+    recipe: "Recipe",
+    backend: "Backend",
+    errors: "Console",
+    pages: _Pages,
 ) -> list[tuple["Regions", Path]]:
     """Write the regions of every volume of `source`; return them with their label images."""
     from gpuroi import io
@@ -229,6 +319,7 @@ def _extract_one(
             volume = f"_vol-{number:04d}" if len(volumes) > 1 else ""
             paths = regions.save(f"{prefix}{volume}_desc-regions_dseg")
             results.append((regions, paths["labels"]))
+            pages.add(regions, paths["labels"], volumes[number].data)
     for warning in caught:
         _say(errors, "warning", str(warning.message), "yellow")
     return results

@@ -55,8 +55,13 @@ def write_map(name, data=DATA, affine=AFFINE):
     return name
 
 
-def run(*arguments):
-    """Return the result of a command; an exception that it does not handle fails the test."""
+def run(*arguments, report=False):
+    """Return the result of a command; an exception that it does not handle fails the test.
+
+    The report, which would come by default, is for the tests that ask for it.
+    """
+    if arguments[:1] == ("extract",) and not report:
+        arguments = (*arguments, "--no-report")
     return CliRunner().invoke(cli.app, [str(one) for one in arguments], catch_exceptions=False)
 
 
@@ -65,9 +70,9 @@ def plain(said):
     return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", said)
 
 
-def succeed(*arguments):
+def succeed(*arguments, report=False):
     """Return what a command prints when all goes well, which is nothing on stderr."""
-    result = run(*arguments)
+    result = run(*arguments, report=report)
     assert (result.exit_code, result.stderr) == (0, "")
     return plain(result.stdout)
 
@@ -90,10 +95,11 @@ def outputs(*stems):
 
 class TestExtract:
     def test_the_sample_from_end_to_end(self):
-        said = succeed("extract", "--sample", "-o", "out")
+        said = succeed("extract", "--sample", "-o", "out", report=True)
         prefix = "out/image_10426_desc-regions_dseg"
         assert f"{prefix}.nii.gz: 6 regions of at least 1500 mm³ at |value| ≥ 2.59467 " in said
-        assert written() == outputs("image_10426")
+        assert said.endswith("The report is out/report.html\n")
+        assert written() == [*outputs("image_10426"), "report.html"]
 
         sample = load_sample_motor_activation_image()
         stack, _ = connected_regions(
@@ -413,7 +419,7 @@ class TestFailures:
         assert written() == []
 
     def test_a_reason_without_the_map_is_given_its_name(self, monkeypatch):
-        def full(path):
+        def full(path, **options):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr("gpuroi.io.atomic_writer", full)
@@ -503,6 +509,78 @@ class TestFailures:
         assert "not installed; pip install 'gpuroi[sample]'." in result.stderr
 
 
+class TestReport:
+    def test_by_default_for_few_maps(self):
+        names = [write_map("a.nii"), write_map("b.nii", DATA * 2)]
+        said = succeed("extract", *names, *BOTH, "-o", "out", report=True)
+        assert said.splitlines()[-1] == "The report is out/report.html"
+        assert written() == [*outputs("a", "b"), "overlap.nii.gz", "report.html"]
+        np.testing.assert_array_equal(read_labels("out/overlap.nii.gz"), 2 * (DATA != 0))
+
+    def test_none_where_it_is_not_wanted(self):
+        said = succeed("extract", write_map("a.nii"), *BOTH, "-o", "out")
+        assert "report" not in said
+        assert written() == outputs("a")
+
+    @pytest.mark.parametrize("as_series", [False, True])
+    def test_of_many_maps_only_when_asked_for(self, as_series):
+        if as_series:
+            names = [write_map("s.nii", np.repeat(DATA[..., np.newaxis], 51, axis=-1))]
+        else:
+            names = [write_map(f"m{number}.nii") for number in range(51)]
+        said = succeed("extract", *names, *BOTH, "-o", "out", report=True)
+        assert said.splitlines()[-1] == "More than 50 maps: --report writes a report, too."
+        assert len(written()) == 3 * 51
+        said = succeed("extract", *names, *BOTH, "-o", "out", "--report", report=True)
+        assert said.splitlines()[-1] == "The report is out/report.html"
+        assert len(written()) == 3 * 51 + 3  # the page, the overlap and a folder
+        assert len(written("out/report_data")) == 51
+
+    def test_failures_are_in_it_and_the_exit_code_stays(self):
+        result = run("extract", write_map("a.nii"), "<b>.nii", *BOTH, "-o", "out", report=True)
+        assert result.exit_code == 1
+        assert result.stdout.endswith("The report is out/report.html\n")
+        assert '<td class="words">&lt;b&gt;.nii</td>' in Path("out/report.html").read_text()
+
+    def test_of_nothing_but_failures(self):
+        result = run("extract", "missing.nii", "-o", "out", report=True)
+        assert result.exit_code == 1
+        assert result.stderr == "failed: missing.nii: no such file.\n1 of 1 maps failed.\n"
+        assert written() == ["report.html"]
+        assert "missing.nii: no such file." in Path("out/report.html").read_text()
+
+    def test_of_a_lost_device(self, monkeypatch):
+        def lost(*arguments):
+            raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access")
+
+        monkeypatch.setattr("gpuroi.pipeline.extract_maps", lost)
+        monkeypatch.setattr(backends.get_backend(), "name", "cuda", raising=False)
+        result = run("extract", write_map("a.nii"), "-o", "out", report=True)
+        assert result.exit_code == 1
+        assert "cudaErrorIllegalAddress" in Path("out/report.html").read_text()
+
+    @pytest.mark.parametrize("step", ["add", "write"])
+    def test_one_that_cannot_be_written_loses_no_results(self, step, monkeypatch):
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "report.html")
+
+        monkeypatch.setattr(f"gpuroi.report.Report.{step}", full)
+        names = [write_map("a.nii"), write_map("b.nii")]
+        result = run("extract", *names, *BOTH, "-o", "out", report=True)
+        assert result.exit_code == 1
+        assert result.stderr == (
+            "error: the report could not be written ([Errno 28] No space left on device: "
+            "'report.html'); the results are complete.\n"
+        )
+        assert written() == outputs("a", "b")
+
+    def test_again_replaces_it(self):
+        Path("out").mkdir()
+        Path("out/report.html").write_text("old")
+        succeed("extract", write_map("a.nii"), *BOTH, "-o", "out", report=True)
+        assert Path("out/report.html").read_text().startswith("<!DOCTYPE html>")
+
+
 class TestDevices:
     def test_says_what_can_run_and_what_auto_takes(self):
         said = succeed("devices")
@@ -578,4 +656,4 @@ class TestProgram:
         assert "out/m_desc-regions_dseg.nii.gz: 2 regions of at least 0 mm" in done.stdout
         assert ("|value| ≥ 3" in done.stdout) == (encoding == "utf-8")
         assert re.match(r"failed: b.+d\.nii: no such file\.\n1 of 2 maps failed", done.stderr)
-        assert written() == outputs("m")
+        assert written() == [*outputs("m"), "report.html"]
