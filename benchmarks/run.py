@@ -119,6 +119,7 @@ def circumstances() -> dict[str, Any]:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
         return done.stdout.strip()
 
+    commit = git("rev-parse", "--short", "HEAD") or None
     versions = {}
     for package in PACKAGES:
         try:
@@ -127,10 +128,11 @@ def circumstances() -> dict[str, Any]:
             continue
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "--short", "HEAD") or None,
-        "uncommitted_changes": bool(
-            git("status", "--porcelain", "--", "gpuroi", "benchmarks/*.py")
-        ),
+        "commit": commit,
+        # Unknown where there is no repository to ask.
+        "uncommitted_changes": None
+        if commit is None
+        else bool(git("status", "--porcelain", "--", "gpuroi", "benchmarks/*.py")),
         "processor": get_backend("cpu").device,
         "cores": os.cpu_count(),
         "system": platform.system(),

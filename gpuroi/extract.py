@@ -4,8 +4,11 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain
 from typing import Literal
+
+import numpy as np
 
 from gpuroi import io
 from gpuroi.backends import Backend, get_backend
@@ -127,7 +130,7 @@ def _read_ahead(sources: Iterable[ImageLike]) -> Iterator[io.Map]:
         ahead: deque[Future[list[io.Map]]] = deque()
         try:
             for source in sources:
-                ahead.append(readers.submit(io.read_maps, source))
+                ahead.append(readers.submit(_read_in_c_order, source))
                 if len(ahead) > 2 * n_readers:  # as many as keep them busy, not all of a cohort
                     yield from ahead.popleft().result()
             while ahead:
@@ -135,3 +138,8 @@ def _read_ahead(sources: Iterable[ImageLike]) -> Iterator[io.Map]:
         finally:
             for reading in ahead:
                 reading.cancel()
+
+
+def _read_in_c_order(source: ImageLike) -> list[io.Map]:
+    """Return the maps of `source` as a device wants them, which no other thread has to turn."""
+    return [replace(one, data=np.ascontiguousarray(one.data)) for one in io.read_maps(source)]

@@ -63,11 +63,7 @@ def extract_maps(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> It
             yield from on_host(batch, on_device(batch, _Upload.begin(batch, backend)))
         return
     ahead = _one_ahead((batch, _Upload.begin(batch, backend)) for batch in batches)
-    if recipe.method == "local_regions":
-        yield from _overlapped(ahead, on_device, on_host)
-    else:
-        for batch, upload in ahead:
-            yield from on_host(batch, on_device(batch, upload))
+    yield from _overlapped(ahead, on_device, on_host)
 
 
 def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
@@ -89,20 +85,26 @@ def _overlapped(
     on_device: Callable[[_T, _V], _U],
     on_host: Callable[[_T, _U], list[Regions]],
 ) -> Iterator[Regions]:
-    """Yield the results of all batches; a thread solves one while the device works on the next.
+    """Yield the results of all batches; a thread ends one while the device works on the next.
 
     The device is talked to by the calling thread alone: it is the one whose current device and
     memory pool the caller has chosen.
     """
-    with ThreadPoolExecutor(max_workers=1) as solver:
-        solving: Future[list[Regions]] | None = None
-        for batch, upload in batches:
-            found = on_device(batch, upload)
-            if solving is not None:
-                yield from solving.result()
-            solving = solver.submit(on_host, batch, found)
-        if solving is not None:
-            yield from solving.result()
+    with ThreadPoolExecutor(max_workers=1) as host:
+        ending: Future[list[Regions]] | None = None
+        try:
+            for batch, upload in batches:
+                found = on_device(batch, upload)
+                if ending is not None:
+                    finished, ending = ending, None
+                    yield from finished.result()
+                ending = host.submit(on_host, batch, found)
+        except Exception:
+            if ending is not None:  # what came before the failure is not lost to it
+                yield from ending.result()
+            raise
+        if ending is not None:
+            yield from ending.result()
 
 
 @dataclass(frozen=True)

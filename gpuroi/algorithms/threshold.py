@@ -176,4 +176,5 @@ def one_sided(backend: Backend, maps: Array, cutoffs: FloatArray, tail: Tail) ->
     xp = backend.xp
     each: tuple[Tail, ...] = ("positive", "negative") if tail == "both" else (tail,)
     for side in each:
-        yield xp.where(_keys.reaches(xp, maps, cutoffs, side), xp.abs(maps), maps.dtype.type(0))
+        magnitudes = _keys.magnitude(maps).view(maps.dtype.name)  # xp.abs may flush denormals
+        yield xp.where(_keys.reaches(xp, maps, cutoffs, side), magnitudes, maps.dtype.type(0))

@@ -1,7 +1,7 @@
 """The verbs of a CUDA backend as launches of the kernels in ``kernels/*.cu``.
 
-A batch goes through a fixed sequence of launches; the host waits for a result once or twice a
-batch, never a volume. What a launch looks like is the compiler's business, passed in: CuPy's on a
+A batch goes through a fixed sequence of launches; the host waits for its few results, as often for
+many volumes as for one. What a launch looks like is the compiler's business, passed in: CuPy's on a
 device, and in the tests one that runs the same files on a CPU.
 """
 
@@ -147,7 +147,7 @@ class KernelVerbs:
         members = np.uint64(0) if population is None else xp.ascontiguousarray(population)
         keys = xp.zeros(ranks.shape, bits)
         following = xp.full(ranks.shape, np.iinfo(bits).max, bits)
-        remaining = xp.asarray(ranks.astype(np.int32))
+        remaining = xp.asarray(ranks.astype(np.int32, order="C"))
         histograms = xp.zeros((ranks.size, _DIGITS), xp.int32)
         shift = 8 * bits.itemsize
         while shift > 0:
@@ -162,7 +162,8 @@ class KernelVerbs:
                 *(maps.dtype, "pick_digit", ranks.size),
                 *(keys, remaining, following, histograms, digit_bits, shift == 0),
             )
-        return np.stack([self._to_host(keys), self._to_host(following)], axis=-1)  # waits
+        found: NDArray[np.unsignedinteger] = self._to_host(xp.stack([keys, following], axis=-1))
+        return found  # waits
 
     def components(
         self,
@@ -274,7 +275,7 @@ class KernelVerbs:
     ) -> "_Components":
         """Join the trees of touching voxels and replace parents by labels, in place."""
         xp = self._xp
-        min_voxels = min(min_voxels, grid.n_voxels + 1)
+        min_voxels = max(0, min(min_voxels, grid.n_voxels + 1))
         counts = xp.zeros(grid.n_volumes, xp.int32)
         n_kept = xp.empty(grid.n_chunks, xp.int32)
         where = (grid.n_voxels, grid.chunks)

@@ -34,8 +34,9 @@ class PinnedUploads:
     def __call__(self, host: NDArray[np.generic]) -> Callable[[], Array]:
         """Begin to copy `host`; see `gpuroi.backends.Backend.upload`."""
         cupy = self._cupy
-        device = cupy.empty(host.shape, host.dtype)
         lane = self._lane()
+        with lane.stream:  # or memory that is given back before its copy is done could be reused
+            device = cupy.empty(host.shape, host.dtype)
         turn = lane.turn = 1 - lane.turn
         if lane.copied[turn] is not None:
             lane.copied[turn].synchronize()  # waits for a copy, not for kernels

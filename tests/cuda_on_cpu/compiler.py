@@ -156,6 +156,7 @@ def _by_ctypes(parameter, argument):
         assert argument.flags.c_contiguous
         return ctypes.c_void_p(argument.ctypes.data)
     assert argument == 0
+    assert argument.itemsize == ctypes.sizeof(ctypes.c_void_p)
     return ctypes.c_void_p(0)
 
 
@@ -193,7 +194,9 @@ class _ThreadsModule:
         def run(blocks, threads, arguments):
             parts = [f"{name} {blocks[0]} {threads[0]} {len(arguments)}\n".encode()]
             arrays = [one for one in arguments if isinstance(one, np.ndarray)]
-            for one in arguments:
+            for parameter, one in zip(self.kernels[name], arguments, strict=True):
+                if not isinstance(one, np.ndarray):
+                    assert one.itemsize == (8 if parameter.is_pointer else 4)
                 is_array = isinstance(one, np.ndarray)
                 size, value = (one.nbytes, 0) if is_array else (-1, int(one))
                 parts += [f"{size} {value}\n".encode(), one.tobytes() if is_array else b""]

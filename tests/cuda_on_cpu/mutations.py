@@ -122,8 +122,8 @@ MUTATIONS = (
     Mutation(
         "count_digits: every volume has the population of the first",
         "select.cu",
-        "!population[offset + i]",
-        "!population[i]",
+        "population[offset + from + j * step]",
+        "population[from + j * step]",
     ),
     Mutation(
         "pick_digit: the prefix is shifted by the wrong digit's width",
@@ -263,8 +263,8 @@ MUTATIONS = (
     Mutation(
         "list_candidates: a voxel at the floor is a maximum",
         "maxima.cu",
-        "marked[j] = height > floor_key;",
-        "marked[j] = height >= floor_key;",
+        "height > floor_key;",
+        "height >= floor_key;",
     ),
     Mutation(
         "reject_candidates: the window ends a voxel early",

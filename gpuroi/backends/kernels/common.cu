@@ -55,6 +55,18 @@ __device__ __forceinline__ int* own_list(int* lists) {
     return lists + (long long)blockIdx.x * CHUNK;
 }
 
+// The values of a chunk, all before the first is used: reads wait for one another only where a write
+// comes between, which may go to the same place for all the compiler knows.
+__device__ __forceinline__ void read_chunk(
+    const Bits* maps, int first, int n_voxels, Bits* values
+) {
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        int i = first + j * THREADS + (int)threadIdx.x;
+        values[j] = i < n_voxels ? maps[i] : 0;
+    }
+}
+
 // Unsigned integers in the order of the values, -0 before 0 and every NaN last.
 __device__ __forceinline__ Bits ordered_key(Bits bits) {
     if ((bits & ~SIGN) > INFINITE) return ~(Bits)0;

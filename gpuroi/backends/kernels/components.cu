@@ -35,18 +35,17 @@ extern "C" __global__ void threshold(
 ) {
     Chunk chunk = own_chunk(n_voxels, chunks);
     Bits cutoff = cutoffs[chunk.volume];
+    Bits values[ITEMS];
+    read_chunk(maps + chunk.offset, chunk.first, n_voxels, values);
     bool marked[ITEMS];
 #pragma unroll
     for (int j = 0; j < ITEMS; j++) {
         int i = chunk.first + j * THREADS + (int)threadIdx.x;
-        marked[j] = false;
-        if (i < n_voxels) {
-            Bits bits = maps[chunk.offset + i], magnitude = bits & ~SIGN;
-            bool in_tail = tail == 0 || (tail < 0) == (bits >= SIGN);
-            marked[j] = in_tail && magnitude >= cutoff && magnitude <= INFINITE;
-            parents[chunk.offset + i] = marked[j] ? i + 1 : 0;
-            if (marked[j]) sizes[chunk.offset + i] = 0;
-        }
+        Bits magnitude = values[j] & ~SIGN;
+        bool in_tail = tail == 0 || (tail < 0) == (values[j] >= SIGN);
+        marked[j] = i < n_voxels && in_tail && magnitude >= cutoff && magnitude <= INFINITE;
+        if (i < n_voxels) parents[chunk.offset + i] = marked[j] ? i + 1 : 0;
+        if (marked[j]) sizes[chunk.offset + i] = 0;
     }
     list_marked(marked, chunk.first, own_list(lists), n_listed + blockIdx.x);
 }

@@ -10,13 +10,15 @@ extern "C" __global__ void list_candidates(
     Chunk chunk = own_chunk(n_voxels, chunks);
     Bits floor_key = ordered_key(floors[chunk.volume]);
     maps += chunk.offset;
+    Bits values[ITEMS];
+    read_chunk(maps, chunk.first, n_voxels, values);
     bool marked[ITEMS];
+#pragma unroll
     for (int j = 0; j < ITEMS; j++) {
         int i = chunk.first + j * THREADS + (int)threadIdx.x;
-        marked[j] = false;
+        Bits height = ordered_key(values[j]);
+        marked[j] = i < n_voxels && height > floor_key;
         if (i >= n_voxels) continue;
-        Bits height = ordered_key(maps[i]);
-        marked[j] = height > floor_key;
         int z = i % nz, y = i / nz % ny, x = i / nz / ny;
         for (int d = 0; d < 27 && marked[j] && reach; d++) {
             int dx = d / 9 - 1, dy = d / 3 % 3 - 1, dz = d % 3 - 1;

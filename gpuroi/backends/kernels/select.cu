@@ -6,6 +6,7 @@
 // comes out too, since percentiles interpolate between the two.
 
 #define DIGITS 2048
+#define READS 8  // of a thread, under way at once
 
 extern "C" __global__ void count_digits(
     const Bits* maps, const unsigned char* population, int n_voxels, int chunks, int n_ranks,
@@ -29,22 +30,39 @@ extern "C" __global__ void count_digits(
     // Most of a map may be one value, whose counter all threads would queue for: a thread counts
     // repetitions on its own.
     int last_digit = 0, repetitions = 0;
-#pragma unroll 4
-    for (unsigned i = part % chunks * THREADS + threadIdx.x; i < (unsigned)n_voxels; i += chunks * THREADS) {
-        if (population && !population[offset + i]) continue;
-        Bits bits = maps[offset + i];
-        Bits key = absolute ? bits & ~SIGN : ordered_key(bits);
-        Bits above = is_first ? 0 : key >> (shift + digit_bits);
-        if (above == prefix) {
-            int digit = (int)(key >> shift) & (n_digits - 1);
-            if (digit != last_digit) {
-                if (repetitions) atomicAdd(counts + last_digit, repetitions);
-                last_digit = digit;
-                repetitions = 0;
+    unsigned step = chunks * THREADS;
+    for (unsigned from = part % chunks * THREADS + threadIdx.x; from < (unsigned)n_voxels;
+         from += READS * step) {
+        Bits values[READS];
+        bool is_member[READS];
+#pragma unroll
+        for (int j = 0; j < READS; j++) {
+            unsigned i = from + j * step;
+            is_member[j] = i < (unsigned)n_voxels;
+            values[j] = is_member[j] ? maps[offset + i] : 0;
+        }
+        if (population) {
+#pragma unroll
+            for (int j = 0; j < READS; j++) {
+                is_member[j] = is_member[j] && population[offset + from + j * step];
             }
-            repetitions++;
-        } else if (above > prefix && key < smallest) {
-            smallest = key;
+        }
+#pragma unroll
+        for (int j = 0; j < READS; j++) {
+            if (!is_member[j]) continue;
+            Bits key = absolute ? values[j] & ~SIGN : ordered_key(values[j]);
+            Bits above = is_first ? 0 : key >> (shift + digit_bits);
+            if (above == prefix) {
+                int digit = (int)(key >> shift) & (n_digits - 1);
+                if (digit != last_digit) {
+                    if (repetitions) atomicAdd(counts + last_digit, repetitions);
+                    last_digit = digit;
+                    repetitions = 0;
+                }
+                repetitions++;
+            } else if (above > prefix && key < smallest) {
+                smallest = key;
+            }
         }
     }
     if (repetitions) atomicAdd(counts + last_digit, repetitions);
