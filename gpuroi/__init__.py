@@ -1,16 +1,18 @@
 """Statistical brain maps to regions, on a GPU or a CPU, with identical labels.
 
-``extract_regions`` is the whole way from a map to labels and a table; ``gpuroi.image``,
-``gpuroi.regions`` and ``gpuroi.datasets`` replace nilearn's modules of the same names;
-``gpuroi.arrays`` works on NumPy and CuPy arrays. Names load what they need when first used.
+``extract_regions`` is the whole way from a map to labels and a table, ``extract_cohort`` that for
+folders of maps; ``gpuroi.image``, ``gpuroi.regions``, ``gpuroi.plotting`` and ``gpuroi.datasets``
+replace nilearn's modules of the same names; ``gpuroi.arrays`` works on NumPy and CuPy arrays. Names
+load what they need when first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpuroi import arrays, datasets, errors, image, regions
+    from gpuroi import arrays, datasets, errors, image, plotting, regions
     from gpuroi.backends import available_backends, get_backend
+    from gpuroi.cohort import extract_cohort
     from gpuroi.extract import extract_regions
     from gpuroi.result import Regions
 
@@ -19,10 +21,11 @@ __version__ = "0.1.0"
 _HOME = {
     "Regions": "gpuroi.result",
     "available_backends": "gpuroi.backends",
+    "extract_cohort": "gpuroi.cohort",
     "extract_regions": "gpuroi.extract",
     "get_backend": "gpuroi.backends",
 }
-_SUBMODULES = ("arrays", "datasets", "errors", "image", "regions")
+_SUBMODULES = ("arrays", "datasets", "errors", "image", "plotting", "regions")
 
 __all__ = [
     "Regions",
@@ -31,6 +34,7 @@ __all__ = [
     "available_backends",
     "datasets",
     "errors",
+    "extract_cohort",
     "extract_regions",
     "get_backend",
     "image",

@@ -31,6 +31,13 @@ def test_a_star_import_needs_no_extra():
     assert run(code) == ["1"]
 
 
+def test_each_public_name_is_there_in_a_fresh_process():
+    code = (
+        "import gpuroi, importlib\nfor name in gpuroi.__all__: getattr(gpuroi, name); print(name)"
+    )
+    assert run(code) == gpuroi.__all__
+
+
 def test_public_names_are_there_when_asked_for():
     assert dir(gpuroi) == sorted(gpuroi.__all__)
     for name in gpuroi.__all__:
