@@ -6,20 +6,21 @@ Exit codes: 0 all maps done, 1 some maps failed, 2 the command itself cannot be 
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from gpuroi.screen import Pages, console, progress, say, show
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from gpuroi.backends import Backend
     from gpuroi.recipe import Recipe
-    from gpuroi.report import Report
     from gpuroi.result import Regions
 
 app = typer.Typer(
@@ -32,12 +33,8 @@ app = typer.Typer(
 _EXTENSION = re.compile(r"\.(nii|img|hdr)(\.gz)?$|\.mg[hz]$", re.IGNORECASE)
 _VOLUME = re.compile(r"_vol-\d{4,}$")
 
-# Beyond these, a person no longer reads what scrolls past.
+# Of more maps, a person no longer reads the tables that scroll past.
 _MOST_TABLES = 8
-_MOST_ROWS = 40
-
-# Of more maps there is a report only when it is asked for.
-_MOST_REPORTED = 50
 
 
 def _print_version(wanted: bool) -> None:
@@ -150,7 +147,7 @@ def extract(
     from gpuroi.datasets import load_sample_motor_activation_image
     from gpuroi.recipe import make_recipe
 
-    screen, errors = _console(), _console(stderr=True)
+    screen, errors = console(), console(stderr=True)
     with _usage_errors(errors):
         sources = list(maps or [])
         if sample:
@@ -174,31 +171,28 @@ def extract(
         output = output.expanduser()
         output.mkdir(parents=True, exist_ok=True)
 
-    pages = _Pages(
+    pages = Pages(
         output, recipe, asked=report, n_sources=len(sources), screen=screen, errors=errors
     )
     failed = 0
-    with _progress(errors, len(sources)) as advance:
+    with progress(errors, len(sources)) as advance:
         for source, stem in zip(sources, stems, strict=True):
             try:
                 results = _extract_one(source, output / stem, recipe, chosen, errors, pages)
-            except (ValueError, OSError, MemoryError) as error:
-                failed += 1
-                named = str(error) if str(source) in str(error) else f"{source}: {error}"
-                _say(errors, "failed", named, "bold red")
+            except Exception as error:  # whatever is wrong with one map, the others are done
+                named = _named(error, source)
                 pages.fail(source, error)
-            except RuntimeError as error:
-                pages.fail(source, error)
-                if chosen.name != "cpu":  # the device may be lost; no other map would fare better
-                    _say(errors, "error", f"{source}: {error}; nothing more was done.", "bold red")
+                if isinstance(error, RuntimeError) and chosen.name != "cpu":
+                    # The device may be lost: no other map would fare better.
+                    say(errors, "error", f"{named}; nothing more was done.", "bold red")
                     pages.write()
                     raise typer.Exit(1) from error
                 failed += 1
-                _say(errors, "failed", f"{source}: {error}", "bold red")
+                say(errors, "failed", named, "bold red")
             else:
                 few = max(len(sources), len(results)) <= _MOST_TABLES
                 for regions, path in results:
-                    _show(screen, regions, path, as_table=few)
+                    show(screen, regions, path, as_table=few)
             advance()
     reported = pages.write()
     if failed:
@@ -223,9 +217,9 @@ def devices() -> None:
             table.add_row(name, "yes", backend.device, versions)
         else:
             table.add_row(name, "no", reason, "")
-    screen = _console()
+    screen = console()
     screen.print(table)
-    with _usage_errors(_console(stderr=True)):  # GPUROI_BACKEND may name one that cannot run
+    with _usage_errors(console(stderr=True)):  # GPUROI_BACKEND may name one that cannot run
         screen.print(f"'auto' takes {get_backend().name}.")
 
 
@@ -237,75 +231,13 @@ def main() -> None:
     app(prog_name="gpuroi")
 
 
-class _Pages:
-    """The report of a run, if there is to be one: what goes wrong with it costs nothing else."""
-
-    def __init__(
-        self,
-        output: Path,
-        recipe: "Recipe",
-        *,
-        asked: bool | None,
-        n_sources: int,
-        screen: "Console",
-        errors: "Console",
-    ) -> None:
-        self._asked, self._screen, self._errors = asked, screen, errors
-        self._folder = output
-        self._report: Report | None = None
-        self._error: Exception | None = None
-        if asked or (asked is None and n_sources <= _MOST_REPORTED):
-            with self._kept_apart():
-                from gpuroi import report
-
-                self._report = report.Report(output, recipe.describe())
-
-    def add(self, regions: "Regions", path: Path, values: Any) -> None:
-        """Take in the regions of a map, whose label image is at `path`."""
-        if self._report is None:
-            return
-        if self._asked is None and len(self._report) == _MOST_REPORTED:
-            self._report = None  # volumes of a series are maps, too
-            return
-        with self._kept_apart():
-            self._report.add(regions, path, values)
-
-    def fail(self, source: Path, error: Exception) -> None:
-        """Take in a map that failed."""
-        if self._report is not None:
-            self._report.fail(str(source), str(error))
-
-    def write(self) -> bool:
-        """Write the page and say where it is; return whether all went well."""
-        if self._report is not None:
-            with self._kept_apart():
-                self._report.write()
-        if self._error is not None:
-            reason = str(self._error) or type(self._error).__name__
-            message = f"the report could not be written ({reason}); the results are complete."
-            _say(self._errors, "error", message, "bold red")
-        elif self._report is not None:
-            self._screen.print(f"The report is {self._folder / 'report.html'}", soft_wrap=True)
-        elif self._asked is None:
-            self._screen.print(f"More than {_MOST_REPORTED} maps: --report writes a report, too.")
-        return self._error is None
-
-    @contextmanager
-    def _kept_apart(self) -> Iterator[None]:
-        """Keep an error of the block, whatever it is, and end the report with it."""
-        try:
-            yield
-        except Exception as error:  # no reason to lose a map, nor those that follow
-            self._report, self._error = None, error
-
-
 def _extract_one(
     source: Path,
     prefix: Path,
     recipe: "Recipe",
     backend: "Backend",
     errors: "Console",
-    pages: _Pages,
+    pages: Pages,
 ) -> list[tuple["Regions", Path]]:
     """Write the regions of every volume of `source`; return them with their label images."""
     from gpuroi import io
@@ -321,8 +253,16 @@ def _extract_one(
             results.append((regions, paths["labels"]))
             pages.add(regions, paths["labels"], volumes[number].data)
     for warning in caught:
-        _say(errors, "warning", str(warning.message), "yellow")
+        say(errors, "warning", str(warning.message), "yellow")
     return results
+
+
+def _named(error: Exception, source: Path) -> str:
+    """Return what went wrong with `source`; the class too, of an error that nobody foresaw."""
+    message = str(error)
+    if not isinstance(error, ValueError | OSError | MemoryError | RuntimeError):
+        message = f"{type(error).__name__}: {message}"
+    return message if str(source) in message else f"{source}: {message}"
 
 
 def _stems(sources: list[Path]) -> list[str]:
@@ -353,87 +293,11 @@ def _number_or_text(threshold: str) -> float | str:
         return threshold
 
 
-def _console(*, stderr: bool = False) -> "Console":
-    """Return a console that prints text as it is: brackets in file names are no markup."""
-    from rich.console import Console
-
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
-
-
-def _say(console: "Console", word: str, message: str, style: str) -> None:
-    """Print `message` after a coloured `word`, without breaking lines."""
-    from rich.text import Text
-
-    console.print(Text(f"{word}: ", style).append(message, "default"), soft_wrap=True)
-
-
 @contextmanager
 def _usage_errors(errors: "Console") -> Iterator[None]:
     """Turn an error of the block into its message and exit code 2."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
-        _say(errors, "error", str(error), "bold red")
+        say(errors, "error", str(error), "bold red")
         raise typer.Exit(2) from error
-
-
-@contextmanager
-def _progress(console: "Console", total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar on a terminal when there is more than one map; yield what advances it."""
-    if total < 2 or not console.is_terminal:
-        yield lambda: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("maps", total=total)
-        yield lambda: progress.advance(task)
-
-
-def _show(screen: "Console", regions: "Regions", path: Path, *, as_table: bool) -> None:
-    """Print the regions of one map as a table, or as one line."""
-    from rich.table import Table
-    from rich.text import Text
-
-    asked = regions.provenance["parameters"]
-    reach = {"both": "|value| ≥ ", "positive": "value ≥ ", "negative": "value ≤ -"}[asked["tail"]]
-    heading = (
-        f": {len(regions)} regions of at least {asked['min_region_size_mm3']:g} mm³ at "
-        f"{reach}{regions.cutoff:.6g} (threshold {asked['threshold']}, "
-        f"{regions.provenance['backend']})"
-    )
-    screen.print(Text(str(path), "bold").append(heading, "default"), soft_wrap=True)
-    if len(regions) == 0:
-        screen.print(f"  Nothing found; {_why_nothing(regions)}", soft_wrap=True)
-    if not as_table or len(regions) == 0:
-        return
-    table = Table("label", "voxels", "mm³", "peak", "peak x y z (mm)", "mean", "at edge")
-    for column in table.columns[:-1]:
-        column.justify = "right"
-    for row in regions.table.head(_MOST_ROWS).itertuples():
-        table.add_row(
-            str(row.label),
-            str(row.voxels),
-            f"{row.volume_mm3:.0f}",
-            f"{row.peak_value:.2f}",
-            f"{row.peak_x:.1f} {row.peak_y:.1f} {row.peak_z:.1f}",
-            f"{row.mean_value:.2f}",
-            "yes" if row.touches_edge else "",
-        )
-    screen.print(table)
-    if len(regions) > _MOST_ROWS:
-        table_name = path.name.removesuffix(".nii.gz") + ".tsv"
-        screen.print(f"  … and {len(regions) - _MOST_ROWS} more in {table_name}", soft_wrap=True)
-
-
-def _why_nothing(regions: "Regions") -> str:
-    """Return what a person may want to change where no region was found."""
-    asked, highest = regions.provenance["parameters"], regions.provenance["largest_magnitude"]
-    if highest >= regions.cutoff and regions.provenance["min_voxels"] > 1:
-        smallest = f"{asked['min_region_size_mm3']:g} mm³"
-        return f"no region of voxels at the cut-off fills {smallest} (--min-region-size)."
-    said = f"the largest magnitude is {highest:.6g}."
-    if highest < regions.cutoff and not asked["threshold"].endswith("%"):
-        said += " A percentile needs its percent sign: 97%."
-    return said

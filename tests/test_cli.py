@@ -411,6 +411,23 @@ class TestFailures:
         )
         assert result.stdout.count("2 regions of at least") == 2
 
+    def test_an_error_that_nobody_foresaw_is_one_maps(self, monkeypatch):
+        from gpuroi import io
+
+        read_maps = io.read_maps
+
+        def read(source):
+            if source.name == "b.nii":
+                raise KeyError("scl_slope")
+            return read_maps(source)
+
+        monkeypatch.setattr("gpuroi.io.read_maps", read)
+        names = [write_map("a.nii"), write_map("b.nii"), write_map("c.nii")]
+        result = run("extract", *names, *BOTH, "-o", "out")
+        assert result.exit_code == 1
+        assert written() == outputs("a", "c")
+        assert "failed: b.nii: KeyError: 'scl_slope'\n" in result.stderr
+
     def test_all_bad(self):
         result = run("extract", "missing.nii", "-o", "out")
         assert result.exit_code == 1

@@ -317,6 +317,8 @@ class TestParameters:
             ({"threshold": "101%"}, ValueError, "threshold='101%' is outside 0% to 100%"),
             ({"threshold": "nan%"}, ValueError, "threshold='nan%' is outside 0% to 100%"),
             ({"threshold": "%"}, ValueError, "threshold='%' has no number"),
+            ({"threshold": "9_7%"}, ValueError, "threshold='9_7%' has no number"),
+            ({"threshold": "\N{ARABIC-INDIC DIGIT NINE}%"}, ValueError, "has no number"),
             ({"threshold": np.nan}, ValueError, "threshold=nan is not a number that voxels can"),
             ({"threshold": True}, TypeError, "threshold=True is a bool; pass a percentile"),
             ({"threshold": None}, TypeError, "threshold=None is a NoneType; pass a percentile"),

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 
 from gpuroi.backends import Backend, _keys
 from gpuroi.types import Array, FloatArray, Tail
+
+# Not all that Python reads as a number: "9_7" is a slip of the finger.
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|nan|inf")
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,9 @@ def parse_threshold(threshold: float | str) -> Threshold:
     if isinstance(threshold, str):
         accepted = "pass a percentile such as '97%' (0% to 100%), or a number in map units"
         number = threshold.strip().removesuffix("%")
-        try:
-            value = float(number)
-        except ValueError:
-            raise ValueError(f"threshold={threshold!r} has no number; {accepted}.") from None
+        if not _NUMBER.fullmatch(number.strip()):
+            raise ValueError(f"threshold={threshold!r} has no number; {accepted}.")
+        value = float(number)
         if not threshold.strip().endswith("%"):
             raise ValueError(
                 f"threshold={threshold!r} has no percent sign; pass '{number}%' for a percentile "
