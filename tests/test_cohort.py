@@ -325,19 +325,26 @@ def test_twenty_kills_leave_the_same_bytes(tmp_path, blobs):
     (tmp_path / "run.py").write_text(SCRIPT)
     command = [sys.executable, tmp_path / "run.py", tmp_path / "in", tmp_path / "out"]
     rng = np.random.default_rng(0)
+    ledger = tmp_path / "out" / ".gpuroi" / "ledger.jsonl"
+
+    def n_lines():
+        return len(ledger.read_bytes().splitlines()) if ledger.exists() else 0
+
     n_done = []
     for _ in range(20):
         run = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.5, 1.3))
+        enough = n_lines() + rng.integers(0, 70)
+        while run.poll() is None and n_lines() < enough:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.01))  # in the middle of whatever comes next
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-        ledger = tmp_path / "out" / ".gpuroi" / "ledger.jsonl"
-        n_done.append(len(ledger.read_bytes().splitlines()) if ledger.exists() else 0)
+        n_done.append(n_lines())
     subprocess.run(command, check=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "calm")
     done = [one["source"] for one in ledger_of(tmp_path / "out") if one["status"] == "done"]
     assert len(done) == len(set(done)) == 1500
-    assert len(set(n_done)) > 3  # the kills did hit it at work
+    assert len(set(n_done)) > 10  # the kills did hit it at work
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 

@@ -20,8 +20,9 @@ def run_on_dask(
 ) -> Iterator[tuple[_Job, _Outcome | WorkerDiedError]]:
     """Yield each job with what became of it, as `gpuroi.cohort._workers.run_jobs` does.
 
-    Batches, because a task of Dask costs about as much as a small map. A batch in which workers
-    keep dying is done job by job, and only the job that kills them is lost.
+    Batches, because a task of Dask costs about as much as a small map. Batches in which workers
+    keep dying are done in the end, one job after the other, so that only those that kill are lost:
+    of several that a worker holds when it dies, Dask suspects all.
     """
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
@@ -30,26 +31,21 @@ def run_on_dask(
     # done again when the worker that holds its result dies.
     shared = client.submit(_together, make_work, arguments, pure=False)
     batches = [list(jobs[i : i + batch_size]) for i in range(0, len(jobs), batch_size)]
-    submitted = {_submit(client, batch, shared): batch for batch in batches}
-    running = as_completed(submitted)
-    for future in running:
-        batch = submitted.pop(future)
-        error = future.exception()
-        if error is None:
+    submitted = {client.submit(_do, batch, shared, pure=False): batch for batch in batches}
+    suspects: list[_Job] = []
+    for future in as_completed(submitted):
+        batch = submitted[future]
+        try:
             yield from zip(batch, future.result(), strict=True)
-        elif not isinstance(error, KilledWorker):
-            raise error
-        elif len(batch) == 1:
-            yield batch[0], WorkerDiedError("the workers that were given it died, one by one.")
+        except KilledWorker:
+            suspects += batch
+    for job in suspects:
+        try:
+            (outcome,) = client.submit(_do, [job], shared, pure=False).result()
+        except KilledWorker:
+            yield job, WorkerDiedError("the workers that were given it died, one by one.")
         else:
-            for job in batch:
-                alone = _submit(client, [job], shared)
-                submitted[alone] = [job]
-                running.add(alone)
-
-
-def _submit(client: Any, batch: list[Any], shared: Any) -> Any:
-    return client.submit(_do, batch, shared, pure=False)
+            yield job, outcome
 
 
 def _together(make_work: Any, arguments: Any) -> tuple[Any, Any]:
