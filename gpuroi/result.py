@@ -94,16 +94,20 @@ class Regions:
     @cached_property
     def table(self) -> "pd.DataFrame":
         """One row a region; the columns are those of `gpuroi.result.COLUMNS`."""
-        return self._measured()
-
-    def _measured(self) -> "pd.DataFrame":
         import pandas as pd
 
+        columns = dict(enumerate(self._measured()))
+        table = pd.DataFrame(columns, index=pd.RangeIndex(len(self)), copy=False)
+        table.columns = _column_names().copy()  # tables are their owners' to change
+        return table
+
+    def _measured(self) -> tuple[NDArray[Any], ...]:
+        """Return the columns of the table, in the order of `COLUMNS`."""
         measures = measure(self.voxels)
         rotation, origin = self.affine[:3, :3], self.affine[:3, 3]
         peak_mm = measures.peak @ rotation.T + origin
         center_mm = measures.center_of_mass @ rotation.T + origin
-        columns = (
+        return (
             np.arange(1, len(self) + 1, dtype=np.int32),
             measures.sign,
             measures.voxels,
@@ -114,9 +118,18 @@ class Regions:
             *center_mm.T,
             measures.touches_edge,
         )
-        table = pd.DataFrame(dict(enumerate(columns)), index=pd.RangeIndex(len(self)), copy=False)
-        table.columns = _column_names().copy()  # tables are their owners' to change
-        return table
+
+    def _tsv(self) -> str:
+        """Return the table as text, BIDS's ``index`` and ``name`` first.
+
+        What pandas would write, in a fifth of the time: a cohort writes many small tables.
+        """
+        index, *others = (column.tolist() for column in self._measured())
+        names = [f"region-{label}" for label in index]
+        header = ("index", "name", *list(COLUMNS)[1:])
+        rows = zip(index, names, *others, strict=True)
+        lines = ("\t".join("n/a" if cell != cell else str(cell) for cell in row) for row in rows)
+        return "\n".join(["\t".join(header), *lines, ""])
 
     def to_4d_img(self) -> "nib.Nifti1Image":
         """Return nilearn's stack (X, Y, Z, n) float32: each region's values in a volume of its own.
@@ -165,15 +178,12 @@ class Regions:
         from gpuroi import io
 
         labels = self.voxels.labels().astype(io.smallest_label_dtype(len(self)))
-        table = self._measured().rename(columns={"label": "index"})
-        table.insert(1, "name", [f"region-{index}" for index in table["index"]])
-        text = table.to_csv(sep="\t", index=False, lineterminator="\n", na_rep="n/a")
         sidecar = dict(self.provenance) | {"columns": COLUMNS}
         return {
             "labels": (
                 ".nii.gz",
                 io.compressed(io.labels_image(labels, self.affine, self.header)),
             ),
-            "table": (".tsv", text.encode()),
+            "table": (".tsv", self._tsv().encode()),
             "provenance": (".json", (json.dumps(sidecar, indent=2) + "\n").encode()),
         }

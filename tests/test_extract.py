@@ -488,6 +488,15 @@ class TestTablesAreTheirOwners:
         one.table.columns.name = "mine"
         assert other.table.columns.name is None
 
+    @pytest.mark.parametrize("threshold", ["50%", "99%", 1e9])
+    def test_the_file_is_what_pandas_would_write(self, threshold):
+        data = blobs().astype(np.float64) * 1e-5
+        regions = gpuroi.extract_regions(image(data), threshold)
+        table = regions.table.rename(columns={"label": "index"})
+        table.insert(1, "name", [f"region-{label}" for label in table["index"]])
+        expected = table.to_csv(sep="\t", index=False, lineterminator="\n", na_rep="n/a")
+        assert regions.files()["table"] == (".tsv", expected.encode())
+
     def test_files_hold_what_was_found(self, tmp_path):
         regions = gpuroi.extract_regions(image(blobs()), "90%")
         assert len(regions) > 1
