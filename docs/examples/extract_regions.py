@@ -1,8 +1,9 @@
 """Regions of a t-map: threshold it, pull the regions apart, look at them.
 
-The map is of mental subtraction after spoken instructions (NeuroVault image 32980; fetching it takes
-the extra ``datasets``). It is thresholded twice, by percentile and by value, and the regions of both are found by
-the random walker. In a script written for nilearn the import lines are all that changes.
+The map is of mental subtraction after spoken instructions (NeuroVault image 32980; fetching it
+takes the extra ``datasets``). It is thresholded twice, by percentile and by value, and the regions
+of both are found by the random walker. In a script written for nilearn the import lines are all
+that changes.
 
     python extract_regions.py [FOLDER FOR THE PICTURES]
 """
