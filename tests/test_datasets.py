@@ -807,7 +807,7 @@ def test_images_say_where_they_are(affine):
     truth = make_stat_map((20, 21, 22), affine=affine, n_regions=1)
     expected = affine
     if affine is None:
-        expected = np.array([[3.0, 0, 0, -30], [0, 3, 0, -30], [0, 0, 3, -33], [0, 0, 0, 1]])
+        expected = np.array([[3.0, 0, 0, -30], [0, 3, 0, -48], [0, 0, 3, -24], [0, 0, 0, 1]])
     for img in (truth.img, truth.labels_img):
         np.testing.assert_array_equal(img.affine, expected)
         assert img.shape == (20, 21, 22)

@@ -189,7 +189,7 @@ class TestCuts:
             display.close()
             return found
 
-        assert cuts(cut_coords=(12, 30, -3.5)) == ["x=12", "y=30", "z=\N{MINUS SIGN}3.5"]
+        assert cuts(cut_coords=(12, 30, -1.25)) == ["x=12", "y=30", "z=\N{MINUS SIGN}1.25"]
         assert cuts(display_mode="y", cut_coords=[30, 33]) == ["y=30", "y=33"]
         assert len(cuts(display_mode="x", cut_coords=3)) == 3
         assert len(cuts(display_mode="z")) == 7
@@ -219,7 +219,61 @@ class TestCuts:
             plotting.plot_stat_map(head(), bg_img=None, **options)
 
 
+class TestPlanes:
+    @pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
+    @pytest.mark.parametrize("direction", ["x", "y", "z"])
+    def test_every_pixel_shows_its_place(self, affine, direction):
+        """A map of its own coordinates: inside, interpolation gives each back."""
+        shape = (14, 15, 16)
+        voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+        mm = voxels @ affine[:3, :3].T + affine[:3, 3]
+        middle = affine[:3, :3] @ [7, 7, 8] + affine[:3, 3]
+        normal = "xyz".index(direction)
+        for axis in (axis for axis in range(3) if axis != normal):
+            # Far from zero, so that what lies outside is told from what lies inside.
+            plane = Volume(mm[..., axis] + 1e4, affine).plane(direction, middle[normal])
+            places = np.stack(np.meshgrid(*plane.centers()))[
+                0 if axis == min({0, 1, 2} - {normal}) else 1
+            ]
+            inside = plane.pixels > 9000
+            assert inside.sum() > 50
+            wrong = np.abs(plane.pixels - 1e4 - places)[inside]
+            # At its border an oblique plane fades into the zeros outside.
+            assert np.median(wrong) < 1e-2
+            if "0.6" not in str(affine):
+                assert wrong.max() < 1e-2
+
+    def test_between_two_planes_the_nearer_is_shown(self):
+        data = np.arange(5.0)[:, np.newaxis, np.newaxis] * np.ones((5, 4, 3))
+        volume = Volume(data, MM)
+        for mm, plane in ((2.9, 1), (4.4, 1), (4.6, 2), (1.6, 1), (1.4, 0)):
+            assert (volume.plane("x", mm).pixels == plane).all()
+
+
 class TestImages:
+    def test_the_smallest_integer_has_a_magnitude(self):
+        data = np.zeros((8, 8, 8), np.int16)
+        data[2, 2, 2], data[5, 5, 5] = 100, -32768
+        display = plotting.plot_stat_map(image(data, MM), bg_img=None)
+        assert [cut.at_mm for cut in display.panels] == [15, 15, 15]
+
+    def test_labels_may_be_huge(self):
+        data = np.zeros((8, 8, 8), np.int32)
+        data[1:4, 1:4, 1:4], data[5:7, 1:4, 1:4] = 5, 614_454_277
+        display = plotting.plot_regions(
+            image(data, MM), bg_img=None, display_mode="z", cut_coords=1
+        )
+        (panel,) = display.panels.values()
+        assert "614454277" in {text.get_text() for text in panel.texts} | {
+            label.get_text() for label in display.figure.axes[-1].get_yticklabels()
+        }
+
+    def test_a_thousand_regions_take_no_longer_than_one_waits(self):
+        labels = np.zeros((60, 60, 20), np.int32)
+        labels[1::2, 1::2, 1::2] = np.arange(1, 30 * 30 * 10 + 1).reshape(30, 30, 10)
+        display = plotting.plot_regions(image(labels, MM), bg_img=None, numbers=True)
+        assert sum(len(panel.collections) for panel in display.panels.values()) > 900
+
     def test_one_volume_may_have_four_axes(self):
         img = head()
         four = image(np.asarray(img.dataobj)[..., np.newaxis], MM)
@@ -300,6 +354,32 @@ class TestColors:
         colors = ValueColors.of(*values, threshold=0, cmap="RdBu_r", **options)
         assert (colors.norm.vmin, colors.norm.vmax) == expected
 
+    @pytest.mark.parametrize(("vmin", "vmax"), [(0, None), (2, 6), (None, None)])
+    def test_a_sign_without_colours_is_not_drawn(self, vmin, vmax):
+        options = {"vmin": vmin, "vmax": vmax, "symmetric": "auto"}
+        colors = ValueColors.of(-7, 7, threshold=3, cmap="RdBu_r", **options)
+        drawn = colors.are_drawn(np.array([-7, -3, -2, 0, 2, 3, 7]))
+        negative = vmin is None
+        assert drawn.tolist() == [negative, negative, False, False, False, True, True]
+
+    def test_the_bar_shows_ends_threshold_and_gap(self):
+        colors = ValueColors.of(
+            -7, 7, threshold=3, cmap="RdBu_r", vmin=None, vmax=None, symmetric="auto"
+        )
+        assert colors.ticks() == [-7, 7, 0, 3, -3]
+        at = colors.with_gap()(colors.norm([-6, -2, 0, 2, 6]))
+        assert (np.ptp(at[:, :3], axis=1) < 0.01).tolist() == [False, True, True, True, False]
+        with plotting.plot_stat_map(head(), None, threshold=2.0) as display:
+            labels = [one.get_text() for one in display.figure.axes[-1].get_yticklabels()]
+        assert labels == ["\N{MINUS SIGN}6", "\N{MINUS SIGN}2", "0", "2", "6"]
+
+    def test_nilearns_colour_maps_are_known_by_name(self):
+        code = "from gpuroi.plotting._colors import color_map; print(color_map('cold_hot').name)"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "cold_hot\n"
+
     def test_a_map_of_one_sign_takes_its_half(self):
         for values, is_of_sign in (((1, 6), lambda r, b: r > b), ((-6, -1), lambda r, b: b > r)):
             options = {"vmin": None, "vmax": None, "symmetric": "auto"}
@@ -373,6 +453,60 @@ class TestDisplays:
         display = plotting.plot_regions(regions, bg_img=None, display_mode="z", annotate=False)
         written = {text.get_text() for panel in display.panels.values() for text in panel.texts}
         assert written == set(regions.table["label"].astype(str))
+
+    @pytest.mark.parametrize("radiological", [False, True])
+    def test_sides_are_marked(self, radiological):
+        display = plotting.plot_stat_map(head(), bg_img=None, radiological=radiological)
+        for cut, panel in display.panels.items():
+            sides = {
+                text.get_text(): text.get_position()[0]
+                for text in panel.texts
+                if text.get_text() in "LR"
+            }
+            if cut.direction == "x":
+                assert not sides
+            else:
+                assert (sides["L"] < sides["R"]) != radiological
+
+    @pytest.mark.parametrize("given", ["axes", "part", "figure"])
+    def test_what_is_written_in_a_dark_figure_of_others_is_seen(self, given):
+        figure, own = pyplot.subplots(figsize=(8, 3))
+        options = {
+            "axes": {"axes": own},
+            "part": {"figure": figure, "axes": (0, 0, 1, 1)},
+            "figure": {"figure": figure},
+        }[given]
+        display = plotting.plot_stat_map(head(), bg_img=None, black_bg=True, title="T", **options)
+        pixels = rendered(display)
+        for panel in display.panels.values():
+            box = panel.get_window_extent()
+            corner = pixels[pixels.shape[0] - int(box.y0) - 20 :, int(box.x0) : int(box.x0) + 40]
+            assert (corner == 0).all(axis=-1).any()  # black ground
+        (title,) = figure.texts
+        assert title.get_color() == "white"
+
+    def test_no_regions_have_no_colour_bar(self):
+        none = image(np.zeros((8, 8, 8), np.uint8), MM)
+        display = plotting.plot_regions(none, bg_img=None)
+        assert len(display.figure.axes) == len(display.panels)
+
+    def test_numbers_neither_touch_nor_leave_their_panel(self):
+        rng = np.random.default_rng(0)
+        labels = rng.integers(0, 400, (20, 22, 24)).astype(np.int32)
+        display = plotting.plot_regions(image(labels, MM), bg_img=None, annotate=False)
+        display.figure.canvas.draw()
+        for panel in display.panels.values():
+            boxes = [text.get_window_extent() for text in panel.texts]
+            assert len(boxes) > 5
+            for place, box in enumerate(boxes):
+                assert not box.padded(-1).count_overlaps([b.padded(-1) for b in boxes[:place]])
+
+    @pytest.mark.parametrize("letters", [20, 150, 600])
+    def test_titles_fit(self, letters):
+        display = plotting.plot_stat_map(head(), bg_img=None, title="title " * (letters // 6))
+        display.figure.canvas.draw()
+        (title,) = display.figure.texts
+        assert title.get_window_extent().x1 <= display.figure.bbox.width
 
     def test_without_nilearn_the_head_is_outlined(self, no_template):
         display = plotting.plot_stat_map(head(), threshold=3, annotate=False, draw_cross=False)

@@ -12,16 +12,18 @@ from html.parser import HTMLParser
 import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import gpuroi
 from gpuroi.datasets import make_stat_map
 from gpuroi.plotting import _backgrounds
 from gpuroi.plotting._colors import region_colors
+from gpuroi.plotting._planes import Volume
 from gpuroi.report import MOST_EMBEDDED, Report, _scene
 from gpuroi.report._charts import histogram_of_counts, histogram_of_volumes
 from gpuroi.report._html import MOST_ROWS, json_block
 from gpuroi.report._payload import labels_in
+from gpuroi.report._pictures import draw_cuts, hex_color, region_palette
 from tests.conftest import AFFINES, image
 
 MNI_3_MM = np.array([[3.0, 0, 0, -78], [0, 3, 0, -112], [0, 0, 3, -50], [0, 0, 0, 1]])
@@ -525,6 +527,51 @@ def color_of(label):
     return [*np.rint(255 * np.array(region_colors(label)[-1][:3])).astype(int).tolist(), 255]
 
 
+class TestPictures:
+    def drawn(self, monkeypatch, affine):
+        """Return cuts with a region to the right and in front, and the places of texts."""
+        shape = (20, 22, 24)
+        voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+        mm = voxels @ affine[:3, :3].T + affine[:3, 3]
+        offset = (mm - mm.mean(axis=(0, 1, 2))) / np.ptp(mm, axis=(0, 1, 2))
+        volume = ((offset[..., :2] > 0.1) & (offset[..., :2] < 0.3)).all(axis=-1).astype(np.int32)
+        texts = {}
+        write = ImageDraw.ImageDraw.text
+
+        def record(draw, place, text, *arguments, **options):
+            texts[text] = place
+            write(draw, place, text, *arguments, **options)
+
+        monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
+        bounds = Volume(volume, affine).bounds_mm
+        scene = _scene.Scene(bounds, None, is_shared=False)
+        picture = draw_cuts(volume, affine, scene, region_palette(1), numbered=True)
+        return np.asarray(Image.open(io.BytesIO(picture)).convert("RGBA")), texts
+
+    @pytest.mark.parametrize("name", AFFINES)
+    def test_left_is_left_and_front_is_up(self, monkeypatch, name):
+        pixels, texts = self.drawn(monkeypatch, AFFINES[name])
+        assert texts["L"][0] < texts["R"][0]
+        red, _, blue, alpha = np.moveaxis(pixels.astype(int), -1, 0)
+        rows, columns = np.nonzero((alpha > 0) & (red - blue > 60))  # the orange of region 1
+        width, height = texts["R"][0], pixels.shape[0]
+        assert len(rows) > 20
+        assert columns[columns <= width + 20].mean() > width / 2
+        assert rows.mean() < height / 2
+
+    def test_a_label_has_the_colour_of_its_region(self, tmp_path):
+        page = written(tmp_path, found(make_stat_map(affine=MNI_3_MM, n_regions=7).img, 5.0))
+        for label, color in enumerate(region_palette(7), start=1):
+            assert f'<i class="c{label - 1}"></i>{label}</td>' in page
+            assert f".c{label - 1} {{ background: {hex_color(color)}; }}" in page
+
+    def test_the_largest_region_is_shown_first(self, tmp_path):
+        page = written(tmp_path, found(two_regions()))
+        assert 'data-first="1"' in page
+        data = np.asarray(two_regions().dataobj)[::-1].copy()  # now the smaller one comes first
+        assert 'data-first="2"' in written(tmp_path, found(image(data, MNI_3_MM)))
+
+
 class TestBrowser:
     def test_rows_sort_by_number_both_ways(self, browser, tmp_path):
         regions = found(make_stat_map(affine=MNI_3_MM, n_regions=12).img, 5.0)
@@ -642,17 +689,23 @@ class TestBrowser:
         browser.keys(Keys.SPACE)
         browser.wait_until_said("region 1,")
         browser.script("document.querySelector('canvas[data-axis=z]').focus()")
-        before = browser.find(".readout").text
-        browser.keys(Keys.ARROW_RIGHT)
-        browser.wait("document.querySelector('.readout').textContent !== arguments[0]", before)
-        moved = [
-            [
-                float(mm)
-                for mm in re.findall(r"[xyz] (-?[\d.]+)", said.replace("\N{MINUS SIGN}", "-"))
+        for key, step in (
+            (Keys.ARROW_RIGHT, (3, 0, 0)),
+            (Keys.ARROW_UP, (0, 3, 0)),
+            (Keys.PAGE_UP, (0, 0, 3)),
+            (Keys.PAGE_DOWN, (0, 0, -3)),
+        ):
+            before = browser.find(".readout").text
+            browser.keys(key)
+            browser.wait("document.querySelector('.readout').textContent !== arguments[0]", before)
+            moved = [
+                [
+                    float(mm)
+                    for mm in re.findall(r"[xyz] (-?[\d.]+)", said.replace("\N{MINUS SIGN}", "-"))
+                ]
+                for said in (before, browser.find(".readout").text)
             ]
-            for said in (before, browser.find(".readout").text)
-        ]
-        np.testing.assert_allclose(np.subtract(*moved[::-1]), (3, 0, 0), atol=1e-9)
+            np.testing.assert_allclose(np.subtract(*moved[::-1]), step, atol=1e-9)
         browser.script("document.querySelector('th button').focus()")
         browser.keys(Keys.ENTER)
         assert browser.find("th").get_attribute("aria-sort") == "ascending"

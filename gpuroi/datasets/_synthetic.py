@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import nibabel as nib
 
 _VOXEL_MM = 3.0
+_HEAD_MM = (0.0, -18.0, 9.0)  # about the middle of the head in MNI space
 _SMALLEST_AXIS_VOXELS = 8
 _PEAKS = (6.0, 1000.0)  # noise of unit variance seldom reaches half of the lowest
 _HEAD = 0.46  # semi-axes of the head, as a part of the volume's edges
@@ -82,7 +83,7 @@ def make_stat_map(
         with every version of NumPy, and values up to rounding, as long as NumPy does not change
         how `numpy.random.Generator` draws.
     affine : (4, 4) array or None
-        Voxel to mm. None is voxels of 3 mm around the origin.
+        Voxel to mm. None is voxels of 3 mm, with the head about where MNI152's is.
     n_regions : int
         How many blobs; 0 makes a map of nothing but noise.
     peak : float
@@ -171,7 +172,8 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, int, int]:
 
 def _default_affine(shape: tuple[int, int, int]) -> NDArray[np.float64]:
     affine = np.diag([_VOXEL_MM, _VOXEL_MM, _VOXEL_MM, 1.0])
-    affine[:3, 3] = [-_VOXEL_MM * (n // 2) for n in shape]
+    middle = [_VOXEL_MM * (n // 2) for n in shape]
+    affine[:3, 3] = [center - half for center, half in zip(_HEAD_MM, middle, strict=True)]
     return affine
 
 

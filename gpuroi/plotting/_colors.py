@@ -1,11 +1,14 @@
 """Colours: for values, and for regions that lie side by side."""
 
+import contextlib
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import Colormap, ListedColormap, Normalize
+from numpy.typing import NDArray
 
 # The palette of Okabe and Ito, "Color Universal Design" (2008), without black: told apart with any
 # colour vision. In an order in which neighbours differ most.
@@ -18,15 +21,32 @@ _SHADES = ((0.0, 0.0), (1.0, 0.45), (0.0, 0.4))
 def region_colors(n: int, cmap: str | Colormap | None = None) -> list[tuple[float, ...]]:
     """Return `n` colours (RGBA): those of `cmap` at equal distances, by default safe ones."""
     if cmap is not None:
-        base = mpl.colormaps[cmap] if isinstance(cmap, str) else cmap
-        return [tuple(color) for color in base(np.linspace(0, 1, n)).tolist()]
-    colors: list[tuple[float, ...]] = []
-    for k in range(n):
-        towards, share = _SHADES[k // len(_SAFE) % len(_SHADES)]
-        pure = mpl.colors.to_rgb(_SAFE[k % len(_SAFE)])
-        red, green, blue = (part + (towards - part) * share for part in pure)
-        colors.append((red, green, blue, 1.0))
-    return colors
+        return [tuple(color) for color in color_map(cmap)(np.linspace(0, 1, n)).tolist()]
+    return [region_color(k) for k in range(1, n + 1)]
+
+
+def region_color(number: int) -> tuple[float, ...]:
+    """Return the safe colour of region `number`, from 1 on."""
+    round_, place = divmod(number - 1, len(_SAFE))
+    towards, share = _SHADES[round_ % len(_SHADES)]
+    pure = mpl.colors.to_rgb(_SAFE[place])
+    red, green, blue = (part + (towards - part) * share for part in pure)
+    return red, green, blue, 1.0
+
+
+def color_map(cmap: str | Colormap) -> Colormap:
+    """Return a colour map by its name, nilearn's included where nilearn is installed."""
+    if isinstance(cmap, Colormap):
+        return cmap
+    if cmap not in mpl.colormaps:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("nilearn.plotting.cm")  # which registers its maps
+    if cmap not in mpl.colormaps:
+        raise ValueError(
+            f"cmap={cmap!r} is no colour map; pass a name of matplotlib.colormaps, such as "
+            "'RdBu_r' or 'viridis', or a Colormap."
+        )
+    return mpl.colormaps[cmap]
 
 
 @dataclass(frozen=True)
@@ -62,14 +82,31 @@ class ValueColors:
         else:
             low = vmin if vmin is not None else min(0.0, lowest)
             high = vmax if vmax is not None else max(0.0, highest)
-        if not low < high:
-            low, high = (low - 1.0, high + 1.0) if low == high else (high, low)
-        base = mpl.colormaps[cmap] if isinstance(cmap, str) else cmap
+        if low > high:
+            raise ValueError(f"vmin={low:g} is above vmax={high:g}; pass the smaller one first.")
+        if low == high:
+            low, high = low - 1.0, high + 1.0
+        base = color_map(cmap)
         if not symmetric and not (low < 0 < high) and _is_diverging(base):
             # One sign alone takes its half of a diverging map: red is positive, whatever else.
             half = np.linspace(0.5, 1.0, 256) if high > 0 else np.linspace(0.0, 0.5, 256)
             base = ListedColormap(base(half))
         return cls(base, Normalize(low, high), threshold)
+
+    def are_drawn(self, values: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return where `values` reach the threshold, and have a sign that the colours have."""
+        drawn: NDArray[np.bool_] = np.abs(values) >= self.threshold
+        if (self.norm.vmin or 0) >= 0:
+            drawn &= values >= 0
+        elif (self.norm.vmax or 0) <= 0:
+            drawn &= values <= 0
+        return drawn
+
+    def ticks(self) -> list[float]:
+        """Return what a reader looks for: the ends, zero, the threshold; in that order."""
+        low, high = float(self.norm.vmin or 0), float(self.norm.vmax or 0)
+        inside = [v for v in (self.threshold, -self.threshold) if low < v < high and v != 0]
+        return [low, high, *([0.0] if low < 0 < high else []), *inside]
 
     def with_gap(self) -> Colormap:
         """Return the colour map of a colour bar: grey where values are not drawn."""

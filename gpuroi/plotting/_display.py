@@ -1,5 +1,6 @@
 """Panels of a figure, one a cut, all at the same scale."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Colormap, Normalize
+from matplotlib.colors import BoundaryNorm, Colormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.transforms import Affine2D, Bbox
 from numpy.typing import NDArray
 
 from gpuroi.plotting._planes import DIRECTIONS, Direction, Plane
@@ -26,6 +28,8 @@ _MARGIN = 0.06
 
 # Points.
 _NUMBER_SIZE = 8
+_TITLE_SIZE = 11.0
+_SMALLEST_TITLE = 7.0
 
 # Between panels, as a part of the tallest.
 _GAP = 0.04
@@ -55,12 +59,13 @@ class Display:
     """
 
     def __init__(
-        self, figure: Figure, panels: dict[Cut, Axes], bar: Axes | None, foreground: str
+        self, figure: Figure, panels: dict[Cut, Axes], bar: Axes | None, *, black: bool
     ) -> None:
         self.figure = figure
         self.panels = panels
         self._bar = bar
-        self._foreground = foreground
+        self._foreground, self._background = _inks(black)
+        self._written: dict[Cut, list[Bbox]] = {cut: [] for cut in panels}
 
     def savefig(self, path: str | Path, dpi: float | None = None) -> None:
         """Write the figure to a file; its extension says in which format."""
@@ -133,7 +138,7 @@ class Display:
     def annotate(self) -> None:
         """Write the place of each cut, and which side is left."""
         text: dict[str, Any] = {"fontsize": 9, "color": self._foreground}
-        outline = [patheffects.withStroke(linewidth=2, foreground=self.figure.get_facecolor())]
+        outline = [patheffects.withStroke(linewidth=2, foreground=self._background)]
         for cut, panel in self.panels.items():
             low, high = panel.get_xlim()
             panel.text(
@@ -162,12 +167,23 @@ class Display:
                 )
 
     def number(self, cut: Cut, place_mm: tuple[float, float], room_mm: float, text: str) -> None:
-        """Write `text` at a place of a panel; beside it where there is no room around."""
+        """Write `text` at a place of a panel; beside it where there is no room around.
+
+        Not where it would touch another number, or leave the panel: call it for what matters first.
+        """
         panel = self.panels[cut]
-        left, right = panel.get_xlim()
-        width = panel.get_position().width * self.figure.get_size_inches()[0]
-        room = room_mm * 72 * width / abs(right - left)  # points
+        frame = panel.get_window_extent()
+        points = 72 / self.figure.dpi
+        room = room_mm * frame.width / abs(np.ptp(panel.get_xlim())) * points
         shift = 0 if room > _NUMBER_SIZE / 2 else _NUMBER_SIZE
+        x, y = panel.transData.transform(place_mm) * points + (shift, shift / 2)
+        half = (0.35 * _NUMBER_SIZE * len(text), 0.55 * _NUMBER_SIZE)
+        box = Bbox([[x - half[0], y - half[1]], [x + half[0], y + half[1]]])
+        inside = frame.transformed(Affine2D().scale(points))
+        is_out = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0
+        if is_out or box.y1 > inside.y1 or box.count_overlaps(self._written[cut]):
+            return
+        self._written[cut].append(box)
         panel.annotate(
             text,
             place_mm,
@@ -185,21 +201,40 @@ class Display:
         self,
         cmap: Colormap,
         norm: Normalize,
-        ticks: Sequence[float] | None = None,
-        labels: Sequence[str] | None = None,
-        tick_format: str | None = None,
-    ) -> Colorbar | None:
-        """Draw what the colours stand for, if there is room set aside for it."""
+        ticks: Sequence[float],
+        labels: Sequence[str],
+    ) -> None:
+        """Draw what the colours stand for, if there is room set aside for it.
+
+        Of `ticks` whose labels would touch, the earlier ones are drawn.
+        """
         if self._bar is None:
-            return None
-        bar = Colorbar(
-            self._bar, mpl.cm.ScalarMappable(norm, cmap), ticks=ticks, format=tick_format
-        )
+            return
+        kept = self._apart(ticks, norm)
+        shown = [ticks[place] for place in kept]
+        bar = Colorbar(self._bar, mpl.cm.ScalarMappable(norm, cmap), ticks=shown)
         bar.outline.set_edgecolor(self._foreground)
         bar.ax.tick_params(colors=self._foreground, labelsize=8, length=2)
-        if labels is not None:
-            bar.set_ticklabels(labels)
-        return bar
+        bar.set_ticklabels([labels[place] for place in kept])
+        bar.ax.minorticks_off()
+
+    def _apart(self, ticks: Sequence[float], norm: Normalize) -> list[int]:
+        """Return which of `ticks` have room for their labels; the earlier ones come first."""
+        assert self._bar is not None
+        height = self._bar.get_position().height * self.figure.get_size_inches()[1] * 72
+        places = [float(norm(tick)) * height for tick in ticks]
+        if isinstance(norm, BoundaryNorm):
+            places = [float(tick) * height / norm.Ncmap for tick in ticks]
+        kept: list[int] = []
+        for place, at in enumerate(places):
+            if all(abs(at - places[other]) >= 1.3 * _NUMBER_SIZE for other in kept):
+                kept.append(place)
+        return sorted(kept, key=lambda place: places[place])
+
+
+def _inks(black: bool) -> tuple[str, str]:
+    """Return the colours of what is written and of what it is written on."""
+    return ("white", "black") if black else ("black", "white")
 
 
 def arrange(
@@ -221,8 +256,9 @@ def arrange(
     total_height = sum(row_heights) + gap * (len(rows) - 1)
     bar_width = _BAR_WIDTH if with_bar else 0.0
     title_height = _TITLE_HEIGHT if title else 0.0
-    foreground, background = ("white", "black") if black else ("black", "white")
+    foreground, background = _inks(black)
 
+    is_ours = axes is None and not isinstance(figure, Figure)
     figure, area = _figure_and_area(
         figure,
         axes,
@@ -242,6 +278,11 @@ def arrange(
         place = (x / full_width, y / full_height, w / full_width, h / full_height)
         return figure.add_axes(place, label=f"gpuroi-{len(figure.axes)}")
 
+    if not is_ours:  # whose colour is somebody else's
+        ground = panel_at(left, bottom, width, height)
+        ground.set_facecolor(background)
+        ground.set(xticks=[], yticks=[], zorder=-1)
+        ground.spines[:].set_visible(False)
     panels: dict[Cut, Axes] = {}
     top = y_start + used_height
     for row, row_sizes, row_width, row_height in zip(
@@ -268,15 +309,28 @@ def arrange(
         bar.set_facecolor(background)
     if title:
         full_width, full_height = figure.get_size_inches()
+        text, size = _fitted(title, width - 2 * _MARGIN)
         figure.text(
             (left + _MARGIN) / full_width,
             (bottom + height - _MARGIN) / full_height,
-            title,
-            fontsize=11,
+            text,
+            fontsize=size,
             color=foreground,
             va="top",
         )
-    return Display(figure, panels, bar, foreground)
+    return Display(figure, panels, bar, black=black)
+
+
+def _fitted(title: str, width: float) -> tuple[str, float]:
+    """Return `title` and its size in points, smaller and in two lines if `width` inches are few."""
+    a_letter = 0.6 / 72  # inches, of a letter of one point
+    size = min(_TITLE_SIZE, width / (a_letter * max(1, len(title))))
+    if size >= _SMALLEST_TITLE:
+        return title, size
+    letters = max(8, int(width / (a_letter * _SMALLEST_TITLE)))
+    return textwrap.fill(title, letters, max_lines=2, placeholder=" \N{HORIZONTAL ELLIPSIS}"), (
+        _SMALLEST_TITLE
+    )
 
 
 def _figure_and_area(

@@ -24,7 +24,7 @@ from gpuroi.algorithms.threshold import parse_threshold
 from gpuroi.arrays import check_choice
 from gpuroi.errors import DimensionError
 from gpuroi.niimg import load_images
-from gpuroi.plotting._colors import ValueColors, region_colors
+from gpuroi.plotting._colors import ValueColors, region_color, region_colors
 from gpuroi.plotting._display import Display
 from gpuroi.plotting._planes import Plane, Volume
 from gpuroi.plotting._scene import DisplayMode, Frame, background_of, finite, stage, volume_of
@@ -33,8 +33,6 @@ from gpuroi.stack import RegionStack
 from gpuroi.types import ImageLike
 
 ViewType = Literal["auto", "contours", "filled_contours", "continuous"]
-
-_MOST_TICKS = 24
 
 
 def plot_stat_map(
@@ -134,13 +132,16 @@ def plot_stat_map(
         vmax=vmax,
         symmetric=symmetric_cbar,
     )
+    drawn = colors.are_drawn(values)
+    visible = Volume(np.where(drawn, values, 0), signal.affine) if drawn.any() else None
     background = background_of(bg_img, signal)
-    display = stage(signal, background, display_mode, cut_coords, frame, with_bar=colorbar)
+    display = stage(
+        signal, background, display_mode, cut_coords, frame, with_bar=colorbar, visible=visible
+    )
     for cut in display.panels:
         plane = signal.plane(cut.direction, cut.at_mm)
-        seen = np.abs(plane.pixels) >= level
-        display.draw_picture(cut, plane, colors.cmap, colors.norm, seen)
-    display.color_bar(colors.with_gap(), colors.norm, tick_format=cbar_tick_format)
+        display.draw_picture(cut, plane, colors.cmap, colors.norm, colors.are_drawn(plane.pixels))
+    _value_bar(display, colors, cbar_tick_format)
     return frame.finish(display)
 
 
@@ -309,47 +310,44 @@ def plot_regions(
     ...     [str(cut) for cut in display.panels]
     ['x=9', 'y=9', 'z=9']
     """
-    labels = _labels_of(regions)
+    labels = _Labels.read(regions)
+    n = labels.numbers.size
     frame = Frame(title, annotate, draw_cross, black_bg, radiological, figure, axes, output_file)
-    present = np.flatnonzero(np.bincount(labels.data.ravel()))
-    present = present[present > 0]
     values = None if stat_map is None else volume_of(stat_map, "stat_map")
-    background = background_of(bg_img, labels if values is None else values)
-    if cut_coords is None and display_mode == "ortho" and present.size:
-        cut_coords = _middle_of_largest(labels)
+    background = background_of(bg_img, labels.places if values is None else values)
+    if cut_coords is None and display_mode == "ortho" and n > 0:
+        cut_coords = labels.middle_of_largest()
     display = stage(
-        labels, background, display_mode, cut_coords, frame, with_bar=colorbar, is_sparse=True
+        labels.places,
+        background,
+        display_mode,
+        cut_coords,
+        frame,
+        with_bar=colorbar and (n > 0 or values is not None),
+        is_sparse=True,
     )
 
-    colors = region_colors(int(present.max(initial=0)), cmap)
-    shades = None
-    if values is not None:
-        shades = ValueColors.of(
-            float(values.data.min(initial=0)),
-            float(values.data.max(initial=0)),
-            threshold=1e-6,
-            cmap="RdBu_r",
-            vmin=None,
-            vmax=None,
-            symmetric="auto",
-        )
+    colors = region_colors(n, cmap)
+    if cmap is None:  # the same in every figure
+        colors = [region_color(number) for number in labels.numbers.tolist()]
+    shades = None if values is None else _shades(values)
     for cut in display.panels:
-        plane = labels.plane(cut.direction, cut.at_mm)
+        plane = labels.places.plane(cut.direction, cut.at_mm)
         if values is not None and shades is not None:
             picture = values.plane(cut.direction, cut.at_mm)
-            seen = np.abs(picture.pixels) >= shades.threshold
+            seen = shades.are_drawn(picture.pixels)
             display.draw_picture(cut, picture, shades.cmap, shades.norm, seen)
-        for label in np.unique(plane.pixels[plane.pixels > 0]).tolist():
-            inside = Plane((plane.pixels == label).astype(np.float32), plane.extent)
+        regions_here = _regions_of(plane)
+        for place, inside in regions_here:
             filled = alpha if values is None else 0.0
-            display.draw_contour(cut, inside, 0.5, colors[label - 1], linewidths, filled)
+            display.draw_contour(cut, inside, 0.5, colors[place - 1], linewidths, filled)
         if numbers:
-            for label, (place_mm, room_mm) in _places_of_numbers(plane).items():
-                display.number(cut, place_mm, room_mm, str(label))
+            for place, inside in regions_here:
+                display.number(cut, *_deepest(inside), str(labels.numbers[place - 1]))
     if shades is not None:
-        display.color_bar(shades.cmap, shades.norm, tick_format="%.2g")
+        _value_bar(display, shades, "%.2g")
     else:
-        _number_bar(display, [colors[label - 1] for label in present], present.tolist())
+        _number_bar(display, colors, labels.numbers.tolist())
     return frame.finish(display)
 
 
@@ -436,46 +434,85 @@ class _Atlas:
         return levels
 
 
-def _labels_of(regions: "Regions | ImageLike") -> Volume:
-    if isinstance(regions, Regions):
-        return Volume(regions.labels, regions.affine, is_labels=True)
-    image = load_images(regions)
-    data = finite(io.read_data(image, io.describe(image)))
-    if data.ndim == 4 and data.shape[3] == 1:
-        data = data[..., 0]
-    if data.ndim != 3:
-        raise DimensionError(
-            f"labels have shape {data.shape}; pass one volume, or plot_prob_atlas for a stack."
-        )
-    labels = data.astype(np.int64)
-    if labels.min(initial=0) < 0 or not np.array_equal(labels, data):
-        raise ValueError(
-            "labels are whole numbers from 0 on; for a statistical map use plot_stat_map."
-        )
-    return Volume(labels, image.affine, is_labels=True)
+@dataclass(frozen=True)
+class _Labels:
+    """A label image whose labels are replaced by their places 1..n among the `numbers`."""
+
+    places: Volume
+    numbers: NDArray[np.int64]  # (n,) ascending
+
+    @classmethod
+    def read(cls, regions: "Regions | ImageLike") -> "_Labels":
+        if isinstance(regions, Regions):
+            data, affine = regions.labels, regions.affine
+        else:
+            image = load_images(regions)
+            data, affine = finite(io.read_data(image, io.describe(image))), image.affine
+        if data.ndim == 4 and data.shape[3] == 1:
+            data = data[..., 0]
+        if data.ndim != 3:
+            raise DimensionError(
+                f"labels have shape {data.shape}; pass one volume, or plot_prob_atlas for a stack."
+            )
+        labels = data.astype(np.int64)
+        if labels.min(initial=0) < 0 or not np.array_equal(labels, data):
+            raise ValueError(
+                "labels are whole numbers from 0 on; for a statistical map use plot_stat_map."
+            )
+        # As few numbers as there are regions: labels of some atlases go to hundreds of millions.
+        inside = labels > 0
+        numbers, place = np.unique(labels[inside], return_inverse=True)
+        places = np.zeros(labels.shape, np.int32)
+        places[inside] = place + 1
+        return cls(Volume(places, affine, is_labels=True), numbers)
+
+    def middle_of_largest(self) -> tuple[float, float, float]:
+        """Return the mm of the voxel of the largest region that is nearest to its centre."""
+        sizes = np.bincount(self.places.data.ravel())
+        sizes[0] = 0
+        voxels = np.argwhere(self.places.data == int(sizes.argmax()))
+        nearest = voxels[((voxels - voxels.mean(axis=0)) ** 2).sum(axis=1).argmin()]
+        x, y, z = (self.places.affine @ [*nearest, 1.0])[:3].tolist()
+        return x, y, z
 
 
-def _middle_of_largest(labels: Volume) -> tuple[float, float, float]:
-    """Return the mm of the voxel of the largest region that is nearest to its centre."""
-    sizes = np.bincount(labels.data.ravel())
-    sizes[0] = 0
-    voxels = np.argwhere(labels.data == int(sizes.argmax()))
-    nearest = voxels[((voxels - voxels.mean(axis=0)) ** 2).sum(axis=1).argmin()]
-    x, y, z = (labels.affine @ [*nearest, 1.0])[:3].tolist()
-    return x, y, z
+def _regions_of(plane: Plane) -> list[tuple[int, Plane]]:
+    """Return the regions of a plane of labels, the largest first, each in its box as 0 and 1."""
+    regions = []
+    for place, box in enumerate(ndimage.find_objects(plane.pixels.astype(np.int32)), start=1):
+        if box is not None:
+            cropped = plane.cropped(*box)
+            regions.append((place, Plane((cropped.pixels == place) * 1.0, cropped.extent)))
+    return sorted(regions, key=lambda region: -region[1].pixels.sum())
 
 
-def _places_of_numbers(plane: Plane) -> dict[int, tuple[tuple[float, float], float]]:
-    """Return the mm of the pixel of each label that lies deepest inside it, and how deep."""
-    columns, rows = plane.centers()
-    side_mm = (plane.extent[1] - plane.extent[0]) / max(1, columns.size)
-    places = {}
-    for label in np.unique(plane.pixels[plane.pixels > 0]).tolist():
-        depth = ndimage.distance_transform_edt(np.pad(plane.pixels == label, 1))[1:-1, 1:-1]
-        row, column = np.unravel_index(depth.argmax(), depth.shape)
-        place_mm = (float(columns[column]), float(rows[row]))
-        places[label] = (place_mm, float(depth.max()) * side_mm)
-    return places
+def _deepest(inside: Plane) -> tuple[tuple[float, float], float]:
+    """Return the mm of the pixel that lies deepest inside a region, and how deep."""
+    columns, rows = inside.centers()
+    depth = ndimage.distance_transform_edt(np.pad(inside.pixels, 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(depth.argmax(), depth.shape)
+    side_mm = (inside.extent[1] - inside.extent[0]) / columns.size
+    return (float(columns[column]), float(rows[row])), float(depth.max()) * side_mm
+
+
+def _shades(values: Volume) -> ValueColors:
+    """Return the colours of a whole map."""
+    return ValueColors.of(
+        float(values.data.min(initial=0)),
+        float(values.data.max(initial=0)),
+        threshold=1e-6,
+        cmap="RdBu_r",
+        vmin=None,
+        vmax=None,
+        symmetric="auto",
+    )
+
+
+def _value_bar(display: Display, colors: ValueColors, tick_format: str) -> None:
+    """Draw a colour bar with its ends, the threshold and zero."""
+    ticks = colors.ticks()
+    labels = [(tick_format % tick).replace("-", "\N{MINUS SIGN}") for tick in ticks]
+    display.color_bar(colors.with_gap(), colors.norm, ticks, labels)
 
 
 def _number_bar(
@@ -485,12 +522,9 @@ def _number_bar(
     n = len(colors)
     if n == 0:
         return
-    numbers = numbers or range(1, n + 1)
-    every = -(-n // _MOST_TICKS)
-    ticks = list(range(0, n, every))
     display.color_bar(
         ListedColormap(colors),
         BoundaryNorm(np.arange(-0.5, n), n),
-        ticks=ticks,
-        labels=[str(numbers[tick]) for tick in ticks],
+        ticks=range(n),
+        labels=[str(number) for number in numbers or range(1, n + 1)],
     )

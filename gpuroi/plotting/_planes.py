@@ -26,6 +26,21 @@ class Plane:
     pixels: NDArray[Any]
     extent: Extent
 
+    def cropped(self, rows: slice, columns: slice) -> "Plane":
+        """Return a part of the picture."""
+        left, right, bottom, top = self.extent
+        n_rows, n_columns = self.pixels.shape
+        wide, high = (right - left) / n_columns, (top - bottom) / n_rows
+        return Plane(
+            self.pixels[rows, columns],
+            (
+                left + columns.start * wide,
+                left + columns.stop * wide,
+                bottom + rows.start * high,
+                bottom + rows.stop * high,
+            ),
+        )
+
     def centers(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the mm of the columns and of the rows."""
         left, right, bottom, top = self.extent

@@ -27,6 +27,7 @@ DisplayMode = Literal["ortho", "x", "y", "z", "mosaic"]
 DISPLAY_MODES: tuple[DisplayMode, ...] = ("ortho", "x", "y", "z", "mosaic")
 
 _N_CUTS = 7
+_MOST_IN_A_ROW = 8
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ def volume_of(img: ImageLike, parameter: str) -> Volume:
 
 
 def finite(data: NDArray[Any]) -> NDArray[Any]:
-    """Return `data` in native bytes, what is not finite at zero."""
+    """Return `data` in native bytes, signed integers as floats, what is not finite at zero."""
+    if data.dtype.kind == "i":  # whose smallest value has no magnitude
+        return data.astype(np.float32 if data.dtype.itemsize <= 2 else np.float64)
     native: NDArray[Any] = data.astype(data.dtype.newbyteorder("="), copy=False)
     if native.dtype.kind == "f" and not np.isfinite(native).all():
         return np.asarray(np.nan_to_num(native, posinf=0, neginf=0))
@@ -102,11 +105,18 @@ def rows_of_cuts(
             )
     else:
         each = [cut_coords] * len(directions)
-    rows = [
-        [Cut(direction, place) for place in _places_along(direction, asked, signal)]
-        for direction, asked in zip(directions, each, strict=True)
-    ]
+    rows = []
+    for direction, asked in zip(directions, each, strict=True):
+        once = dict.fromkeys(_places_along(direction, asked, signal))
+        rows += _wrapped([Cut(direction, at_mm) for at_mm in once])
     return rows, {}
+
+
+def _wrapped(cuts: list[Cut]) -> list[list[Cut]]:
+    """Return `cuts` in rows of equal lengths, short enough to be read."""
+    n_rows = -(-len(cuts) // _MOST_IN_A_ROW)
+    length = -(-len(cuts) // n_rows)
+    return [cuts[i : i + length] for i in range(0, len(cuts), length)]
 
 
 def _three_places(cut_coords: Any, signal: Volume) -> dict[Direction, float]:
@@ -153,15 +163,25 @@ def stage(
     *,
     with_bar: bool,
     is_sparse: bool = False,
+    visible: Volume | None = None,
 ) -> Display:
     """Return a display with the background drawn, ready for what is in front.
 
-    A signal that `is_sparse` shows no head: without anatomy it gets the whole field of view.
+    A signal that `is_sparse` shows no head: without anatomy it gets the whole field of view. Cuts
+    are laid where the part that is `visible` is, by default all of it.
     """
-    rows, crossing = rows_of_cuts(signal, display_mode, cut_coords)
+    rows, crossing = rows_of_cuts(visible or signal, display_mode, cut_coords)
     bounds = [signal.bounds_mm if is_sparse else signal.bounds_of_content_mm()]
     if background is not None and background.is_anatomy:
         bounds = [signal.bounds_of_content_mm(), background.volume.bounds_of_content_mm()]
+    fields = [signal.bounds_mm] + ([] if background is None else [background.volume.bounds_mm])
+    for cut in (cut for row in rows for cut in row):
+        low, high = hull_mm(fields)[DIRECTIONS.index(cut.direction)].tolist()
+        if not low <= cut.at_mm <= high:
+            raise ValueError(
+                f"the cut at {cut.direction}={cut.at_mm:g} mm misses the image, which reaches from "
+                f"{low:g} to {high:g} mm."
+            )
     is_dark = background is not None and background.is_dark
     display = arrange(
         rows,
