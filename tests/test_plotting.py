@@ -131,6 +131,7 @@ class TestGeometry:
             colorbar=False,
             cmap="Reds_r",
             linewidths=1,
+            view_type="contours",
         )
         drawn = places_of(display, Cut("z", 18.0), is_red)
         # Edges of the region's voxels in mm, on which the line runs, give or take its corners.
@@ -163,6 +164,14 @@ class TestCuts:
         assert [cut.direction for cut in display.panels] == ["x", "y", "z"]
         x, y, z = (cut.at_mm / 3 for cut in display.panels)
         assert head().dataobj[int(x), int(y), int(z)] == -6
+
+    def test_of_many_peaks_the_one_amid_the_most_signal(self):
+        data = np.zeros((30, 30, 30), np.float32)
+        data[2:4, 2:4, 2:4] = 8  # first in C order, and small
+        data[12:22, 14:22, 10:20] = 5
+        data[14:20, 16:20, 12:18] = 8
+        cut = cut_through_signal(Volume(data, MM))
+        assert np.abs(np.array(cut) / 3 - [16.5, 17.5, 14.5]).max() <= 0.5
 
     @pytest.mark.parametrize("direction", ["x", "y", "z"])
     def test_cuts_lie_where_the_signal_is(self, direction):
@@ -331,9 +340,9 @@ class TestColors:
             distance = np.linalg.norm(colors[:-1] - colors[1:], axis=1)
             assert distance.min() > 0.15
 
-    def test_twenty_one_regions_have_different_colours(self):
-        assert len(set(region_colors(21))) == 21
-        assert region_colors(22)[21] == region_colors(1)[0]
+    def test_as_many_regions_as_atlases_have_differ_in_colour(self):
+        assert len(set(region_colors(49))) == 49
+        assert region_colors(50)[49] == region_colors(1)[0]
         assert region_colors(3, "viridis")[0] == mpl.colormaps["viridis"](0.0)
 
     @pytest.mark.parametrize(
@@ -343,7 +352,10 @@ class TestColors:
             ((1, 6), {}, (0, 6)),
             ((-6, -1), {}, (-6, 0)),
             ((-2, 6), {"vmax": 4}, (-4, 4)),
-            ((-2, 6), {"vmin": -1}, (-1, 6)),
+            ((-2, 6), {"vmin": -1}, (-1, 1)),
+            ((-2, 6), {"vmin": -3, "vmax": 8}, (-3, 8)),
+            ((-2, 6), {"vmin": 1}, (1, 6)),
+            ((-8, 6), {"vmax": -2}, (-8, -2)),
             ((-2, 6), {"symmetric": False}, (-2, 6)),
             ((1, 6), {"symmetric": True}, (-6, 6)),
             ((0, 0), {}, (-1, 1)),
@@ -366,12 +378,40 @@ class TestColors:
         colors = ValueColors.of(
             -7, 7, threshold=3, cmap="RdBu_r", vmin=None, vmax=None, symmetric="auto"
         )
-        assert colors.ticks() == [-7, 7, 0, 3, -3]
+        assert colors.ticks() == [-7, 7, 3, -3, 0]
         at = colors.with_gap()(colors.norm([-6, -2, 0, 2, 6]))
         assert (np.ptp(at[:, :3], axis=1) < 0.01).tolist() == [False, True, True, True, False]
         with plotting.plot_stat_map(head(), None, threshold=2.0) as display:
             labels = [one.get_text() for one in display.figure.axes[-1].get_yticklabels()]
         assert labels == ["\N{MINUS SIGN}6", "\N{MINUS SIGN}2", "0", "2", "6"]
+
+    @pytest.mark.parametrize(
+        ("highest", "threshold"), [(15, 2), (20, 2.3), (12, 1.7), (6, 0.5), (8, 1e-6)]
+    )
+    def test_the_threshold_is_read_off_the_bar(self, highest, threshold):
+        data = np.asarray(head().dataobj) / 6 * highest
+        with plotting.plot_stat_map(image(data, MM), None, threshold=threshold) as display:
+            labels = [one.get_text() for one in display.figure.axes[-1].get_yticklabels()]
+        minus = "\N{MINUS SIGN}"
+        assert {f"{minus}{highest}", str(highest)} <= set(labels)
+        if threshold > 1e-3:
+            assert {f"{minus}{threshold}", str(threshold)} <= set(labels)
+        else:
+            assert "0" in labels
+
+    @pytest.mark.parametrize("plot", ["map", "regions"])
+    def test_long_labels_of_bars_are_not_cut_off(self, plot):
+        if plot == "map":
+            data = np.asarray(head().dataobj) * 1e3
+            options = {"threshold": 3000, "cbar_tick_format": "%.3f"}
+            display = plotting.plot_stat_map(image(data, MM), None, **options)
+        else:
+            data = np.zeros((8, 8, 8), np.int32)
+            data[2:5, 2:5, 2:5] = 2_000_000_000
+            display = plotting.plot_regions(image(data, MM), bg_img=None)
+        display.figure.canvas.draw()
+        for label in display.figure.axes[-1].get_yticklabels():
+            assert label.get_window_extent().x1 <= display.figure.bbox.width
 
     def test_nilearns_colour_maps_are_known_by_name(self):
         code = "from gpuroi.plotting._colors import color_map; print(color_map('cold_hot').name)"
@@ -543,8 +583,12 @@ class TestThresholdsOfAtlases:
     def test_volumes_below_zero_are_drawn_too(self):
         data = np.zeros((8, 8, 8, 1), np.float32)
         data[2:6, 2:6, 2:6] = -3
-        display = plotting.plot_prob_atlas(image(data, MM), bg_img=None, cut_coords=(12, 12, 12))
-        assert all(panel.collections for panel in display.panels.values())
+        for view_type in ("contours", "continuous"):
+            display = plotting.plot_prob_atlas(
+                image(data, MM), None, view_type, cut_coords=(12, 12, 12)
+            )
+            for panel in display.panels.values():
+                assert panel.collections or panel.images
 
 
 def figures():

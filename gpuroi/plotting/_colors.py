@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,18 @@ import numpy as np
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from numpy.typing import NDArray
 
+from gpuroi.arrays import check_choice
+from gpuroi.errors import shown
+
 # The palette of Okabe and Ito, "Color Universal Design" (2008), without black: told apart with any
 # colour vision. In an order in which neighbours differ most.
 _SAFE = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#f0e442")
 
-# From the eighth region on they return lighter, then darker: mixed with white or black.
-_SHADES = ((0.0, 0.0), (1.0, 0.45), (0.0, 0.4))
+# From the eighth region on they return lighter, then darker, and so on: mixed with white or black.
+_SHADES = ((0.0, 0.0), (1.0, 0.45), (0.0, 0.4), (1.0, 0.7), (0.0, 0.65), (1.0, 0.22), (0.0, 0.2))
+
+# A threshold's part of a colour bar.
+_LEAST_READABLE = 0.01
 
 
 def region_colors(n: int, cmap: str | Colormap | None = None) -> list[tuple[float, ...]]:
@@ -73,8 +80,13 @@ class ValueColors:
 
         ``symmetric="auto"``: around zero if the map has both signs, from or to zero if not.
         """
+        check_choice("symmetric_cbar", symmetric, (True, False, "auto"))
+        for name, value in (("vmin", vmin), ("vmax", vmax)):
+            if value is not None and not (isinstance(value, numbers.Real) and np.isfinite(value)):
+                raise ValueError(f"{name}={shown(value)} is no finite number.")
         if symmetric == "auto":
-            symmetric = lowest < 0 < highest and vmin is None
+            is_one_end = vmin is None or (vmin < 0 and vmax is None)
+            symmetric = lowest < 0 < highest and is_one_end and (vmax is None or vmax > 0)
         if symmetric:
             given = [abs(value) for value in (vmin, vmax) if value is not None]
             reach = max(given) if given else max(-lowest, highest)
@@ -103,10 +115,25 @@ class ValueColors:
         return drawn
 
     def ticks(self) -> list[float]:
-        """Return what a reader looks for: the ends, zero, the threshold; in that order."""
+        """Return what a reader looks for: the ends, the threshold, zero; in that order.
+
+        A threshold that only tells something from nothing is none to read.
+        """
         low, high = float(self.norm.vmin or 0), float(self.norm.vmax or 0)
-        inside = [v for v in (self.threshold, -self.threshold) if low < v < high and v != 0]
-        return [low, high, *([0.0] if low < 0 < high else []), *inside]
+        inside = [v for v in (self.threshold, -self.threshold) if low < v < high]
+        if self.threshold < _LEAST_READABLE * (high - low):
+            inside = []
+        return [low, high, *inside, *([0.0] if low < 0 < high else [])]
+
+    def labels(self, tick_format: str) -> list[str]:
+        """Return what is written at the `ticks`, in printf style."""
+        try:
+            texts = [tick_format % tick for tick in self.ticks()]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"cbar_tick_format={shown(tick_format)} does not format a number; pass '%.2g'."
+            ) from error
+        return [text.replace("-", "\N{MINUS SIGN}") for text in texts]
 
     def with_gap(self) -> Colormap:
         """Return the colour map of a colour bar: grey where values are not drawn."""

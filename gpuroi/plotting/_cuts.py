@@ -4,19 +4,29 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from gpuroi.plotting._planes import DIRECTIONS, Direction, Volume
 
 
 def cut_through_signal(signal: Volume) -> tuple[float, float, float]:
-    """Return the mm of the voxel of largest magnitude, the first in C order; of the centre if none.
+    """Return the mm of the voxel of largest magnitude; of the centre of the volume if all are zero.
 
-    The cross then lies on a peak of the table.
+    Of several, as in a map that was clipped: those in the component of most signal, and of them the
+    one nearest to their middle.
     """
     magnitude = np.abs(signal.data)
-    place = np.array(np.unravel_index(int(magnitude.argmax()), magnitude.shape))
-    if magnitude.max(initial=0) == 0:
+    highest = magnitude.max(initial=0)
+    if highest == 0:
         place = (np.array(magnitude.shape) - 1) // 2
+    else:
+        peaks = np.argwhere(magnitude == highest)
+        if len(peaks) > 1:
+            component, _ = ndimage.label(magnitude > 0)
+            own = component[tuple(peaks.T)]
+            strength = np.bincount(component.ravel(), magnitude.ravel())
+            peaks = peaks[own == own[strength[own].argmax()]]
+        place = peaks[((peaks - peaks.mean(axis=0)) ** 2).sum(axis=1).argmin()]
     x, y, z = (signal.affine @ [*place, 1.0])[:3].tolist()
     return x, y, z
 

@@ -23,7 +23,7 @@ from gpuroi.plotting._planes import DIRECTIONS, Direction, Plane
 _ROW_HEIGHT = 2.4
 _MOST_WIDTH = 13.0
 _TITLE_HEIGHT = 0.36
-_BAR_WIDTH = 0.85
+_BAR_WIDTH = 0.4  # without its labels
 _MARGIN = 0.06
 
 # Points.
@@ -129,7 +129,13 @@ class Display:
         """Draw where the other cuts lie."""
         for cut, panel in self.panels.items():
             across, up = (axis for axis in DIRECTIONS if axis != cut.direction)
-            style: dict[str, Any] = {"color": self._foreground, "linewidth": 0.5, "alpha": 0.6}
+            halo = [patheffects.withStroke(linewidth=1, foreground=self._background, alpha=0.4)]
+            style: dict[str, Any] = {
+                "color": self._foreground,
+                "linewidth": 0.5,
+                "alpha": 0.6,
+                "path_effects": halo,
+            }
             if across in places_mm:
                 panel.axvline(places_mm[across], **style)
             if up in places_mm:
@@ -137,6 +143,7 @@ class Display:
 
     def annotate(self) -> None:
         """Write the place of each cut, and which side is left."""
+        points = Affine2D().scale(72 / self.figure.dpi)
         text: dict[str, Any] = {"fontsize": 9, "color": self._foreground}
         outline = [patheffects.withStroke(linewidth=2, foreground=self._background)]
         for cut, panel in self.panels.items():
@@ -150,10 +157,8 @@ class Display:
                 path_effects=outline,
                 **text,
             )
-            if cut.direction == "x":
-                continue
-            sides = ("L", "R") if low < high else ("R", "L")
-            for place, side in zip((0.02, 0.98), sides, strict=True):
+            sides = "" if cut.direction == "x" else "LR" if low < high else "RL"
+            for place, side in zip((0.02, 0.98), sides, strict=False):
                 panel.text(
                     place,
                     0.98,
@@ -165,6 +170,9 @@ class Display:
                     path_effects=outline,
                     **text,
                 )
+
+            for written in panel.texts:
+                self._written[cut].append(written.get_window_extent().transformed(points))
 
     def number(self, cut: Cut, place_mm: tuple[float, float], room_mm: float, text: str) -> None:
         """Write `text` at a place of a panel; beside it where there is no room around.
@@ -244,17 +252,20 @@ def arrange(
     figure: Figure | int | None,
     axes: Axes | tuple[float, float, float, float] | None,
     title: str | None,
-    with_bar: bool,
+    bar_letters: int,
     black: bool,
     radiological: bool,
 ) -> Display:
-    """Return a display with an empty panel for each cut of `rows`, from top to bottom."""
+    """Return a display with an empty panel for each cut of `rows`, from top to bottom.
+
+    There is room for a colour bar whose labels have up to `bar_letters`; for none if that is 0.
+    """
     sizes = [[_size_mm(cut.direction, bounds_mm) for cut in row] for row in rows]
     row_heights = [max(height for _, height in row) for row in sizes]
     gap = _GAP * max(row_heights)
     row_widths = [sum(width for width, _ in row) + gap * (len(row) - 1) for row in sizes]
     total_height = sum(row_heights) + gap * (len(rows) - 1)
-    bar_width = _BAR_WIDTH if with_bar else 0.0
+    bar_width = _BAR_WIDTH + 0.7 * _NUMBER_SIZE / 72 * bar_letters if bar_letters else 0.0
     title_height = _TITLE_HEIGHT if title else 0.0
     foreground, background = _inks(black)
 
@@ -302,7 +313,7 @@ def arrange(
             x += scale * (panel_width + gap)
         top -= scale * (row_height + gap)
     bar = None
-    if with_bar:
+    if bar_letters:
         bar = panel_at(
             x_start + used_width + 0.12, y_start + 0.1 * used_height, 0.13, 0.8 * used_height
         )
@@ -358,7 +369,8 @@ def _figure_and_area(
                 scale * height_mm + extra_inches[1] + 2 * _MARGIN,
             )
             figure = pyplot.figure(figure, figsize=size, facecolor=background)
-    assert isinstance(figure, Figure)
+    if not isinstance(figure, Figure):
+        raise TypeError(f"figure={figure!r} is no matplotlib Figure, and no number of one.")
     width, height = figure.get_size_inches()
     x, y, w, h = fraction
     return figure, (x * width, y * height, w * width, h * height)

@@ -28,6 +28,7 @@ from gpuroi.plotting._colors import ValueColors, region_color, region_colors
 from gpuroi.plotting._display import Display
 from gpuroi.plotting._planes import Plane, Volume
 from gpuroi.plotting._scene import DisplayMode, Frame, background_of, finite, stage, volume_of
+from gpuroi.recipe import at_least_zero
 from gpuroi.result import Regions
 from gpuroi.stack import RegionStack
 from gpuroi.types import ImageLike
@@ -135,13 +136,14 @@ def plot_stat_map(
     drawn = colors.are_drawn(values)
     visible = Volume(np.where(drawn, values, 0), signal.affine) if drawn.any() else None
     background = background_of(bg_img, signal)
+    labels = colors.labels(cbar_tick_format) if colorbar else []
     display = stage(
-        signal, background, display_mode, cut_coords, frame, with_bar=colorbar, visible=visible
+        signal, background, display_mode, cut_coords, frame, bar_labels=labels, visible=visible
     )
     for cut in display.panels:
         plane = signal.plane(cut.direction, cut.at_mm)
         display.draw_picture(cut, plane, colors.cmap, colors.norm, colors.are_drawn(plane.pixels))
-    _value_bar(display, colors, cbar_tick_format)
+    display.color_bar(colors.with_gap(), colors.norm, colors.ticks(), labels)
     return frame.finish(display)
 
 
@@ -175,7 +177,7 @@ def plot_prob_atlas(
         Regions of `connected_regions`, or a probabilistic atlas.
     view_type : {"auto", "contours", "filled_contours", "continuous"}
         Lines, lines with their inside, or magnitudes from transparent to full colour. ``"auto"``:
-        lines up to 10 volumes, filled up to 20, continuous beyond.
+        continuous up to 10 volumes, filled lines up to 20, lines beyond.
     threshold : float, str, list or None
         Level of the lines, in magnitude: a number, a percentile of each volume's magnitudes, one
         of these for each volume, or ``"auto"``: the percentile that leaves a fifth of the voxels to
@@ -215,16 +217,19 @@ def plot_prob_atlas(
     ...     [str(cut) for cut in display.panels]
     ['z=9']
     """
+    at_least_zero("linewidths", linewidths, "points")
     check_choice("view_type", view_type, ("auto", "contours", "filled_contours", "continuous"))
     atlas = _Atlas.read(maps_img)
     n = len(atlas.volumes)
     if view_type == "auto":
-        view_type = "contours" if n <= 10 else "filled_contours" if n <= 20 else "continuous"
-    levels = atlas.levels(threshold, share=0.2 if view_type == "contours" else 0.16)
+        view_type = "continuous" if n <= 10 else "filled_contours" if n <= 20 else "contours"
+    share = {"contours": 0.2, "filled_contours": 0.16, "continuous": 0.1}[view_type]
+    levels = atlas.levels(threshold, share)
     frame = Frame(title, annotate, draw_cross, black_bg, radiological, figure, axes, output_file)
     background = background_of(bg_img, atlas.total)
+    names = [str(number) for number in range(1, n + 1)] if colorbar else []
     display = stage(
-        atlas.total, background, display_mode, cut_coords, frame, with_bar=colorbar, is_sparse=True
+        atlas.total, background, display_mode, cut_coords, frame, bar_labels=names, is_sparse=True
     )
 
     colors = region_colors(n, cmap)
@@ -242,7 +247,7 @@ def plot_prob_atlas(
             else:
                 filled = alpha if view_type == "filled_contours" else 0.0
                 display.draw_contour(cut, magnitude, level, color, linewidths, filled)
-    _number_bar(display, colors)
+    _number_bar(display, colors, names)
     return frame.finish(display)
 
 
@@ -310,6 +315,7 @@ def plot_regions(
     ...     [str(cut) for cut in display.panels]
     ['x=9', 'y=9', 'z=9']
     """
+    at_least_zero("linewidths", linewidths, "points")
     labels = _Labels.read(regions)
     n = labels.numbers.size
     frame = Frame(title, annotate, draw_cross, black_bg, radiological, figure, axes, output_file)
@@ -317,20 +323,23 @@ def plot_regions(
     background = background_of(bg_img, labels.places if values is None else values)
     if cut_coords is None and display_mode == "ortho" and n > 0:
         cut_coords = labels.middle_of_largest()
+    shades = None if values is None else _shades(values)
+    names = [str(number) for number in labels.numbers.tolist()]
+    if shades is not None:
+        names = shades.labels("%.2g")
     display = stage(
         labels.places,
         background,
         display_mode,
         cut_coords,
         frame,
-        with_bar=colorbar and (n > 0 or values is not None),
+        bar_labels=names if colorbar else [],
         is_sparse=True,
     )
 
     colors = region_colors(n, cmap)
     if cmap is None:  # the same in every figure
         colors = [region_color(number) for number in labels.numbers.tolist()]
-    shades = None if values is None else _shades(values)
     for cut in display.panels:
         plane = labels.places.plane(cut.direction, cut.at_mm)
         if values is not None and shades is not None:
@@ -345,9 +354,9 @@ def plot_regions(
             for place, inside in regions_here:
                 display.number(cut, *_deepest(inside), str(labels.numbers[place - 1]))
     if shades is not None:
-        _value_bar(display, shades, "%.2g")
+        display.color_bar(shades.with_gap(), shades.norm, shades.ticks(), names)
     else:
-        _number_bar(display, colors, labels.numbers.tolist())
+        _number_bar(display, colors, names)
     return frame.finish(display)
 
 
@@ -508,23 +517,9 @@ def _shades(values: Volume) -> ValueColors:
     )
 
 
-def _value_bar(display: Display, colors: ValueColors, tick_format: str) -> None:
-    """Draw a colour bar with its ends, the threshold and zero."""
-    ticks = colors.ticks()
-    labels = [(tick_format % tick).replace("-", "\N{MINUS SIGN}") for tick in ticks]
-    display.color_bar(colors.with_gap(), colors.norm, ticks, labels)
-
-
-def _number_bar(
-    display: Display, colors: list[tuple[float, ...]], numbers: Sequence[int] | None = None
-) -> None:
-    """Draw a colour bar of numbers, by default 1..n."""
+def _number_bar(display: Display, colors: list[tuple[float, ...]], names: Sequence[str]) -> None:
+    """Draw a colour bar with a colour and a name for each region."""
     n = len(colors)
-    if n == 0:
-        return
-    display.color_bar(
-        ListedColormap(colors),
-        BoundaryNorm(np.arange(-0.5, n), n),
-        ticks=range(n),
-        labels=[str(number) for number in numbers or range(1, n + 1)],
-    )
+    if n > 0:
+        norm = BoundaryNorm(np.arange(-0.5, n), n)
+        display.color_bar(ListedColormap(colors), norm, range(n), names)

@@ -95,6 +95,9 @@ def rows_of_cuts(
         return [[Cut(direction, places[direction]) for direction in DIRECTIONS]], places
     directions = DIRECTIONS if display_mode == "mosaic" else (display_mode,)
     if display_mode == "mosaic" and isinstance(cut_coords, dict):
+        unknown = set(cut_coords) - set(DIRECTIONS)
+        if unknown:
+            raise ValueError(f"cut_coords has {shown(sorted(unknown, key=str))}; pass x, y and z.")
         each = [cut_coords.get(direction) for direction in directions]
     elif display_mode == "mosaic" and isinstance(cut_coords, Sequence | np.ndarray):
         each = list(cut_coords)
@@ -161,14 +164,15 @@ def stage(
     cut_coords: Any,
     frame: Frame,
     *,
-    with_bar: bool,
+    bar_labels: Sequence[str],
     is_sparse: bool = False,
     visible: Volume | None = None,
 ) -> Display:
     """Return a display with the background drawn, ready for what is in front.
 
-    A signal that `is_sparse` shows no head: without anatomy it gets the whole field of view. Cuts
-    are laid where the part that is `visible` is, by default all of it.
+    There is room for a colour bar with `bar_labels`, if there are any. A signal that `is_sparse`
+    shows no head: without anatomy it gets the whole field of view. Cuts are laid where the part
+    that is `visible` is, by default all of it.
     """
     rows, crossing = rows_of_cuts(visible or signal, display_mode, cut_coords)
     bounds = [signal.bounds_mm if is_sparse else signal.bounds_of_content_mm()]
@@ -182,6 +186,7 @@ def stage(
                 f"the cut at {cut.direction}={cut.at_mm:g} mm misses the image, which reaches from "
                 f"{low:g} to {high:g} mm."
             )
+    check_choice("black_bg", frame.black_bg, (True, False, "auto"))
     is_dark = background is not None and background.is_dark
     display = arrange(
         rows,
@@ -189,7 +194,7 @@ def stage(
         figure=frame.figure,
         axes=frame.axes,
         title=frame.title,
-        with_bar=with_bar,
+        bar_letters=max(map(len, bar_labels), default=0),
         black=is_dark if frame.black_bg == "auto" else bool(frame.black_bg),
         radiological=frame.radiological,
     )

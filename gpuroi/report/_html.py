@@ -24,7 +24,7 @@ MOST_ROWS = 200
 _TALL = 14  # rows; longer tables scroll by themselves
 
 # Colours repeat after these.
-_N_COLORS = 21
+_N_COLORS = 49
 
 _HEADINGS = {
     "label": "label",

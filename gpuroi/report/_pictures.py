@@ -101,9 +101,9 @@ def draw_cuts(
         draw.text((left, height + 1), text, _INK, _font())
         if numbered:
             for label, (row, column, radius) in _places_of_numbers(front).items():
-                aside = 0 if radius > _TEXT else radius + _TEXT // 2
+                row, column = _free_place(front, row, column, radius)
                 draw.text(
-                    (left + min(column + aside, width - _TEXT // 2), row),
+                    (left + column, row),
                     str(label),
                     "white",
                     _font(),
@@ -191,6 +191,21 @@ def _edges(front: NDArray[Any]) -> NDArray[np.bool_]:
         | (padded[1:-1, :-2] != front)
         | (padded[1:-1, 2:] != front)
     )
+
+
+def _free_place(front: NDArray[Any], row: int, column: int, radius: int) -> tuple[int, int]:
+    """Return where a number covers no other region: on its own if that is large, else beside it."""
+    if radius > _TEXT:
+        return row, column
+    aside, half = radius + _TEXT // 2, _TEXT // 2
+    height, width = front.shape
+    for down, right in ((0, aside), (0, -aside), (-aside, 0), (aside, 0)):
+        y, x = row + down, column + right
+        if half <= y < height - half and half <= x < width - half:
+            covered = front[y - half : y + half, x - half : x + half]
+            if not (covered * (covered != front[row, column])).any():
+                return y, x
+    return row, column
 
 
 def _places_of_numbers(front: NDArray[Any]) -> dict[int, tuple[int, int, int]]:
