@@ -488,6 +488,39 @@ class TestDisplays:
             with plotting.plot_stat_map(head(), **options) as display:
                 assert tuple(rendered(display)[0, 0]) == color
 
+    def test_a_background_of_both_signs_tells_low_from_nothing(self):
+        affine = MM
+        regions = gpuroi.extract_regions(head(), 4.0).to_4d_img()
+        options = {"display_mode": "z", "cut_coords": [45], "annotate": False, "colorbar": False}
+        display = plotting.plot_prob_atlas(regions, head(affine=affine), "contours", **options)
+        (cut,) = display.panels
+        pixels, panel = rendered(display), display.panels[cut]
+
+        def grey_at(x_mm, y_mm):
+            x, y = panel.transData.transform((x_mm, y_mm))
+            return int(pixels[pixels.shape[0] - 1 - int(y), int(x), 0])
+
+        low, nothing, ground = grey_at(45, 51), grey_at(1, 1), int(pixels[0, 0, 0])
+        assert low < nothing - 60
+        assert ground == 255
+
+    def test_nothing_behind_has_two_names(self):
+        for nothing in (None, False):
+            assert (rendered(plotting.plot_stat_map(head(), nothing))[0, 0] == 255).all()
+
+    @pytest.mark.parametrize(
+        ("options", "beyond"),
+        [({}, "neither"), ({"vmax": 1}, "both"), ({"vmin": -8, "vmax": 4}, "max")],
+    )
+    def test_values_beyond_the_bar_are_told(self, options, beyond):
+        options = {"vmin": None, "vmax": None, "symmetric": "auto", **options}
+        colors = ValueColors.of(-6, 5, threshold=3, cmap="RdBu_r", **options)
+        assert colors.beyond(np.array([-6.0, -2, 0, 2, 5])) == beyond
+        assert colors.with_gap()(np.array([-1.0, 2.0])).tolist() == [
+            list(colors.cmap(0.0)),
+            list(colors.cmap(1.0)),
+        ]
+
     def test_regions_carry_the_numbers_of_the_table(self):
         regions = gpuroi.extract_regions(head(), 4.0)
         display = plotting.plot_regions(regions, bg_img=None, display_mode="z", annotate=False)
@@ -573,7 +606,7 @@ class TestThresholdsOfAtlases:
         data = np.zeros((6, 6, 6, 2), np.float32)
         data[1:5, 1:5, 1:5, 0], data[2:4, 2:4, 2:4, 1] = 1, 5
         img = image(data, MM)
-        for threshold in (0.5, "50%", [0.5, 2], ["90%", 1.0], None, "auto"):
+        for threshold in (0.5, "50%", [0.5, 2], np.array([0.5, 2]), ["90%", 1.0], None, "auto"):
             plotting.plot_prob_atlas(img, bg_img=None, threshold=threshold).close()
         with pytest.raises(ValueError, match="threshold has 3 entries, and maps_img 2 volumes"):
             plotting.plot_prob_atlas(img, bg_img=None, threshold=[1, 2, 3])

@@ -10,6 +10,9 @@ from scipy import ndimage
 
 from gpuroi.plotting._planes import Volume
 
+# How far below zero a map of both signs reaches, as a part of how far above.
+_SIGNED = 0.1
+
 
 @dataclass(frozen=True)
 class Background:
@@ -29,6 +32,10 @@ def anatomy(data: NDArray[Any], affine: NDArray[np.float64]) -> Background:
     sample = finite[::2, ::2, ::2]
     inside = sample[sample != 0]
     lowest, highest = np.percentile(inside, [1, 99.5]) if inside.size else (0.0, 1.0)
+    if lowest < -_SIGNED * highest:
+        # A map of both signs: zero in the middle of grey, so that what is low is told from nothing.
+        reach = float(max(-lowest, highest))
+        return Background(Volume(finite, affine), -reach, reach, hides_zeros=False, is_dark=False)
     faces = [finite.take(place, axis) for axis in range(3) for place in (0, -1)]
     border = float(np.median(np.concatenate([face.ravel() for face in faces])))
     is_dark = border <= max((lowest + highest) / 2, 0.0)

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import numbers
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -20,6 +20,9 @@ _SAFE = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#f0e
 
 # From the eighth region on they return lighter, then darker, and so on: mixed with white or black.
 _SHADES = ((0.0, 0.0), (1.0, 0.45), (0.0, 0.4), (1.0, 0.7), (0.0, 0.65), (1.0, 0.22), (0.0, 0.2))
+
+#: Ends of a colour bar, in matplotlib's words.
+Ends = Literal["neither", "both", "min", "max"]
 
 # A threshold's part of a colour bar.
 _LEAST_READABLE = 0.01
@@ -125,6 +128,15 @@ class ValueColors:
             inside = []
         return [low, high, *inside, *([0.0] if low < 0 < high else [])]
 
+    def beyond(self, values: NDArray[Any]) -> Ends:
+        """Return at which ends of the colours drawn values lie beyond."""
+        drawn = values[self.are_drawn(values)]
+        is_below = drawn.size > 0 and bool(drawn.min() < (self.norm.vmin or 0))
+        is_above = drawn.size > 0 and bool(drawn.max() > (self.norm.vmax or 0))
+        if is_below and is_above:
+            return "both"
+        return "min" if is_below else "max" if is_above else "neither"
+
     def labels(self, tick_format: str) -> list[str]:
         """Return what is written at the `ticks`, in printf style."""
         try:
@@ -139,8 +151,9 @@ class ValueColors:
         """Return the colour map of a colour bar: grey where values are not drawn."""
         values = np.linspace(self.norm.vmin or 0, self.norm.vmax or 0, 256)
         colors: Any = self.cmap(np.linspace(0, 1, 256))
+        low, high = tuple(colors[0]), tuple(colors[-1])
         colors[np.abs(values) < self.threshold] = (0.5, 0.5, 0.5, 1.0)
-        return ListedColormap(colors)
+        return ListedColormap(colors).with_extremes(under=low, over=high)
 
 
 def _is_diverging(cmap: Colormap) -> bool:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Affine2D, Bbox
 from numpy.typing import NDArray
 
+from gpuroi.plotting._colors import Ends
 from gpuroi.plotting._planes import DIRECTIONS, Direction, Plane
 
 # Inches.
@@ -211,16 +212,19 @@ class Display:
         norm: Normalize,
         ticks: Sequence[float],
         labels: Sequence[str],
+        beyond: Ends = "neither",
     ) -> None:
         """Draw what the colours stand for, if there is room set aside for it.
 
-        Of `ticks` whose labels would touch, the earlier ones are drawn.
+        Of `ticks` whose labels would touch, the earlier ones are drawn. An end `beyond` which there
+        are values gets an arrow.
         """
         if self._bar is None:
             return
         kept = self._apart(ticks, norm)
         shown = [ticks[place] for place in kept]
-        bar = Colorbar(self._bar, mpl.cm.ScalarMappable(norm, cmap), ticks=shown)
+        mappable = mpl.cm.ScalarMappable(norm, cmap)
+        bar = Colorbar(self._bar, mappable, ticks=shown, extend=beyond)
         bar.outline.set_edgecolor(self._foreground)
         bar.ax.tick_params(colors=self._foreground, labelsize=8, length=2)
         bar.set_ticklabels([labels[place] for place in kept])

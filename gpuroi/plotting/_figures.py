@@ -143,7 +143,8 @@ def plot_stat_map(
     for cut in display.panels:
         plane = signal.plane(cut.direction, cut.at_mm)
         display.draw_picture(cut, plane, colors.cmap, colors.norm, colors.are_drawn(plane.pixels))
-    display.color_bar(colors.with_gap(), colors.norm, colors.ticks(), labels)
+    beyond = colors.beyond(values)
+    display.color_bar(colors.with_gap(), colors.norm, colors.ticks(), labels, beyond)
     return frame.finish(display)
 
 
@@ -429,7 +430,7 @@ class _Atlas:
         n = len(self.volumes)
         auto = f"{100 * (1 - share / n)}%"
         each = [threshold] * n
-        if isinstance(threshold, Sequence) and not isinstance(threshold, str):
+        if isinstance(threshold, Sequence | np.ndarray) and not isinstance(threshold, str):
             each = list(threshold)
             if len(each) != n:
                 raise ValueError(f"threshold has {len(each)} entries, and maps_img {n} volumes.")

@@ -77,7 +77,7 @@ def finite(data: NDArray[Any]) -> NDArray[Any]:
 
 def background_of(bg_img: ImageLike | Literal["auto"] | None, signal: Volume) -> Background | None:
     """Return what to draw behind `signal`."""
-    if bg_img is None:
+    if bg_img is None or bg_img is False:  # nilearn's word for nothing, too
         return None
     if isinstance(bg_img, str) and bg_img == "auto":
         return mni_template() or head_outline(signal)
