@@ -98,7 +98,7 @@ class Regions:
 
         columns = dict(enumerate(self._measured()))
         table = pd.DataFrame(columns, index=pd.RangeIndex(len(self)), copy=False)
-        table.columns = _column_names().copy()  # tables are their owners' to change
+        table.columns = _column_names()[:]  # a new one: tables are their owners' to change
         return table
 
     def _measured(self) -> tuple[NDArray[Any], ...]:
