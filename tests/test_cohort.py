@@ -229,6 +229,15 @@ class TestFailures:
         assert all(results[job] == job**2 for job in range(20) if job not in {7, 12})
         assert "SIGKILL, perhaps for want of memory" in str(results[7])
 
+    def test_what_a_killed_process_was_writing_goes_with_the_run(self, cohort, tmp_path):
+        def leave_one(n_done, n_failed, n_todo):
+            name = ".sub-03_tmap_desc-regions_dseg.tsv.4711-0a1b2c3d.tmp"
+            (tmp_path / "out" / "group-1").mkdir(exist_ok=True)
+            (tmp_path / "out" / "group-1" / name).touch()
+
+        extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1, on_progress=leave_one)
+        assert not list((tmp_path / "out").rglob("*.tmp"))
+
     def test_processes_that_cannot_begin_end_the_run(self):
         with pytest.raises(WorkerDiedError, match="worker processes end before they begin"):
             list(run_jobs(range(5), 2, 2, _cannot_begin, ()))

@@ -134,6 +134,7 @@ def extract_cohort(
                 failures.append(result.record)
             if on_progress is not None:
                 on_progress(n_done, len(failures), len(todo))
+        _remove_temporaries(folder, maps)  # of processes that died in this run
         with ledger.alone():
             summary = write_summary(folder, ledger.records().values(), parameters)
     return CohortReport(folder, n_done, n_skipped, tuple(failures), tuple(warnings), summary)
@@ -177,7 +178,7 @@ def _to_do(
 
 
 def _remove_temporaries(folder: Path, maps: list[MapFile]) -> None:
-    """Remove what a run that was killed has left of these maps' files."""
+    """Remove what processes that were killed have left of these maps' files."""
     for parent in {folder / one.stem.parent for one in maps} | {folder}:
         if not parent.is_dir():
             continue
