@@ -12,7 +12,7 @@ import numpy as np
 
 from gpuroi import io
 from gpuroi.cohort._ledger import Record
-from gpuroi.space import same_grid
+from gpuroi.overlap import Overlap
 
 # Of what is in failures.tsv.
 _FAILURE = ("source", "error", "message")
@@ -59,25 +59,13 @@ def _all_tables(folder: Path, done: list[Record]) -> str:
 
 def _overlap(folder: Path, done: list[Record]) -> nib.Nifti1Image | None:
     """Return in how many maps each voxel lies in a region, or None if grids differ."""
-    counts: Any = None
-    first: Any = None
-    n_maps = 0
+    overlap = Overlap()
     for record in done:
         for name in sorted(name for name in record.outputs if name.endswith(".nii.gz")):
             image = io.load(folder / name)
             labels = np.asanyarray(image.dataobj)
-            if first is None:
-                first, counts = image, np.zeros(labels.shape, np.int32)
-            if not same_grid(labels.shape, image.affine, first.shape, first.affine):
-                return None
-            counts += labels != 0
-            n_maps += 1
-    if first is None:
-        return None
-    dtype = io.smallest_label_dtype(n_maps)
-    overlap = io.labels_image(counts.astype(dtype), first.affine, first.header)
-    overlap.header.set_intent("none", name="maps with a region")
-    return overlap
+            overlap.add(np.flatnonzero(labels), labels.shape, image.affine, image.header)
+    return None if overlap.counts is None else overlap.image()
 
 
 def _description() -> str:

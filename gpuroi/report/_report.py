@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuroi import io
+from gpuroi.overlap import Overlap
 from gpuroi.plotting._planes import Volume
 from gpuroi.report import _html as html
 from gpuroi.report._charts import histogram_of_counts, histogram_of_volumes
-from gpuroi.report._overlap import Overlap
 from gpuroi.report._payload import backdrop_payload, map_payload
 from gpuroi.report._pictures import count_palette, draw_cuts, hex_color, region_palette
 from gpuroi.report._scene import scene_of, template
@@ -120,7 +120,8 @@ class Report:
         table, provenance = regions.table, dict(regions.provenance)
         volumes: list[float] = table["volume_mm3"].tolist()
         self._volumes_mm3 += volumes
-        self._overlap.add(regions)
+        voxels = regions.voxels
+        self._overlap.add(voxels.index, voxels.shape, regions.affine, regions.header)
         own = {name: provenance.pop(name) for name in _OF_ONE_MAP if name in provenance}
         self._run = provenance
         line = html.MapLine(

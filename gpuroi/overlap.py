@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuroi import io
-from gpuroi.result import Regions
 from gpuroi.space import same_grid
 
 
@@ -26,18 +25,26 @@ class Overlap:
         self.affine = np.eye(4)
         self._header: Any = None
 
-    def add(self, regions: Regions) -> None:
-        """Count the voxels of a map's regions, one each: regions do not overlap."""
-        shape = regions.voxels.shape
+    def add(
+        self,
+        index: NDArray[np.int64],
+        shape: tuple[int, ...],
+        affine: NDArray[np.float64],
+        header: Any,
+    ) -> None:
+        """Count the voxels of a map's regions, one each: regions do not overlap.
+
+        `index` holds their flat indices in C order of `shape`; `header` is the map's.
+        """
         if self._header is None:
-            self._header, self.affine = regions.header, regions.affine
+            self._header, self.affine = header, affine
             self.counts = np.zeros(shape, np.int32)
         if self.counts is None:
             return
-        if not same_grid(self.counts.shape, self.affine, shape, regions.affine):
+        if not same_grid(self.counts.shape, self.affine, shape, affine):
             self.counts = None
             return
-        self.counts.ravel()[regions.voxels.index] += 1
+        self.counts.ravel()[index] += 1
 
     def image(self) -> nib.Nifti1Image:
         """Return the counts in the smallest integer type."""
