@@ -32,6 +32,14 @@ class DeviceMemoryError(GpuroiError, MemoryError):
     """One single volume does not fit into the memory of the device."""
 
 
+class DeviceLostError(GpuroiError, RuntimeError):
+    """A device that answered before no longer does, whatever it is asked."""
+
+
+class OutputError(GpuroiError, OSError):
+    """A disk that nothing can be written to: it is full, or read-only."""
+
+
 class MissingExtraError(GpuroiError, ImportError):
     """A feature whose optional packages are not installed."""
 

@@ -25,26 +25,26 @@ class Overlap:
         self.affine = np.eye(4)
         self._header: Any = None
 
-    def add(
-        self,
-        index: NDArray[np.int64],
-        shape: tuple[int, ...],
-        affine: NDArray[np.float64],
-        header: Any,
-    ) -> None:
-        """Count the voxels of a map's regions, one each: regions do not overlap.
+    def add(self, where: NDArray[np.bool_], affine: NDArray[np.float64], header: Any) -> None:
+        """Count a map whose regions are `where` ``(X, Y, Z)``; `header` is the map's."""
+        self._add(where, affine, header)
 
-        `index` holds their flat indices in C order of `shape`; `header` is the map's.
-        """
+    def merge(self, other: "Overlap") -> None:
+        """Count the maps of `other` too."""
+        if other._header is not None:
+            self._add(other.counts, other.affine, other._header)
+
+    def _add(self, counts: NDArray[Any] | None, affine: NDArray[np.float64], header: Any) -> None:
         if self._header is None:
             self._header, self.affine = header, affine
-            self.counts = np.zeros(shape, np.int32)
+            if counts is not None:  # in the order of the voxels of files, which are most added
+                self.counts = np.zeros(counts.shape, np.int32, order="F")
         if self.counts is None:
             return
-        if not same_grid(self.counts.shape, self.affine, shape, affine):
+        if counts is None or not same_grid(self.counts.shape, self.affine, counts.shape, affine):
             self.counts = None
             return
-        self.counts.ravel()[index] += 1
+        self.counts += counts
 
     def image(self) -> nib.Nifti1Image:
         """Return the counts in the smallest integer type."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,31 +39,23 @@ _VOLUME_TOLERANCE = 1e-6
 def extract_maps(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> Iterator[Regions]:
     """Yield the regions of each map, batch by batch of maps that share a grid and a dtype."""
     parameters = recipe.describe()
-    masks_of = _masks_by_grid(recipe)
+    finder = Finder(recipe, backend)
 
-    def on_device(batch: list[_Prepared], upload: _Upload) -> list[_OnDevice]:
-        source = batch[0].source
-        masks = masks_of(source)
-
-        def step(piece: NDArray[Any]) -> list[_OnDevice]:
-            maps = upload.arrived() if piece is upload.host else backend.to_device(piece)
-            return _on_device(maps, source, masks, recipe, backend)
-
-        return in_pieces(backend, upload.host, step)
-
-    def on_host(batch: list[_Prepared], found: list[_OnDevice]) -> list[Regions]:
+    def on_host(batch: list[Prepared], found: list[Found]) -> list[Regions]:
         return [
-            _regions(prepared, volume, recipe, parameters, backend)
+            finish(prepared, volume, recipe, parameters, backend)
             for prepared, volume in zip(batch, found, strict=True)
         ]
 
-    batches = _batches(map(_prepare, maps), backend.batch_bytes)
+    batches = in_batches(map(prepare, maps), backend.batch_bytes)
     if backend.batch_bytes == 1:
         for batch in batches:
-            yield from on_host(batch, on_device(batch, _Upload.begin(batch, backend)))
+            yield from on_host(batch, finder(batch))
         return
-    ahead = _one_ahead((batch, _Upload.begin(batch, backend)) for batch in batches)
-    yield from _overlapped(ahead, on_device, on_host)
+    ahead = _one_ahead((batch, finder.begin(stacked(batch))) for batch in batches)
+    yield from _overlapped(
+        ahead, lambda batch, upload: finder.find(upload, batch[0].source), on_host
+    )
 
 
 def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
@@ -108,7 +100,7 @@ def _overlapped(
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A map as backends take it: float32 or float64 and finite."""
 
     source: io.Map
@@ -116,40 +108,78 @@ class _Prepared:
     n_not_finite: int
     largest_magnitude: float
 
-    def fits(self, other: "_Prepared") -> bool:
+    def fits(self, other: "Prepared") -> bool:
         """Return whether both can go through the backend as one batch."""
         return self.volume.dtype == other.volume.dtype and _same_grid(self.source, other.source)
 
 
 @dataclass(frozen=True)
-class _Upload:
+class Upload:
     """A batch on its way to the device."""
 
     host: NDArray[Any]  # (B, X, Y, Z)
     arrived: Callable[[], Array]
 
-    @classmethod
-    def begin(cls, batch: list[_Prepared], backend: Backend) -> "_Upload":
-        """Stack the volumes and begin to copy them; if there is no room yet, when it arrives."""
-        volumes = [prepared.volume for prepared in batch]
-        host = volumes[0][np.newaxis] if len(batch) == 1 else np.stack(volumes)
-        try:
-            return cls(host, backend.upload(host))
-        except MemoryError:
-            return cls(host, lambda: backend.to_device(host))
-
 
 @dataclass(frozen=True)
-class _OnDevice:
+class Found:
     """What the backend found in one volume: regions, or the sides whose seeds still compete."""
 
     cutoff: float
     score: float | None
     n_ranked: int | None
-    found: LabelledVoxels | Contest
+    voxels: LabelledVoxels | Contest
 
 
-def _prepare(source: io.Map) -> _Prepared:
+class ComputedBy(Protocol):
+    """What the provenance says of where regions were found; every backend is one."""
+
+    @property
+    def name(self) -> str:
+        """Of the backend."""
+
+    @property
+    def device(self) -> str:
+        """What hardware."""
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the libraries that decide the result, by package name."""
+
+
+class Finder:
+    """Runs the backend's steps of one recipe on batches of maps."""
+
+    def __init__(self, recipe: Recipe, backend: Backend) -> None:
+        self._recipe = recipe
+        self._backend = backend
+        self.computed_by: ComputedBy = backend
+        self.batch_bytes = backend.batch_bytes
+        self._masks_of = _masks_by_grid(recipe)
+
+    def __call__(self, batch: list[Prepared]) -> list[Found]:
+        """Return what is in each map of a batch of one grid and dtype."""
+        return self.find(self.begin(stacked(batch)), batch[0].source)
+
+    def begin(self, host: NDArray[Any]) -> Upload:
+        """Begin to copy a batch ``(B, X, Y, Z)``; if there is no room yet, when it is needed."""
+        try:
+            return Upload(host, self._backend.upload(host))
+        except MemoryError:
+            return Upload(host, lambda: self._backend.to_device(host))
+
+    def find(self, upload: Upload, source: io.Map) -> list[Found]:
+        """Return what is in each map of a batch, all on the grid of `source`."""
+        masks = self._masks_of(source)
+
+        def step(piece: NDArray[Any]) -> list[Found]:
+            maps = upload.arrived() if piece is upload.host else self._backend.to_device(piece)
+            return _found(maps, source, masks, self._recipe, self._backend)
+
+        return in_pieces(self._backend, upload.host, step)
+
+
+def prepare(source: io.Map) -> Prepared:
+    """Return `source` with voxels that are not finite as background; warn of them."""
     volume = computable(source.data)
     lowest, highest = volume.min(initial=0), volume.max(initial=0)
     n_not_finite = 0
@@ -159,11 +189,12 @@ def _prepare(source: io.Map) -> _Prepared:
         volume = np.where(finite, volume, volume.dtype.type(0))
         lowest, highest = volume.min(), volume.max()
         warn(f"{source.name}: {n_not_finite} voxels are NaN or infinite; they become background.")
-    return _Prepared(source, volume, n_not_finite, float(max(highest, -lowest)))
+    return Prepared(source, volume, n_not_finite, float(max(highest, -lowest)))
 
 
-def _batches(prepared: Iterable[_Prepared], batch_bytes: int) -> Iterator[list[_Prepared]]:
-    batch: list[_Prepared] = []
+def in_batches(prepared: Iterable[Prepared], batch_bytes: int) -> Iterator[list[Prepared]]:
+    """Yield runs of maps of one grid and dtype, of no more than `batch_bytes` or one map each."""
+    batch: list[Prepared] = []
     for one in prepared:
         if batch and (not one.fits(batch[0]) or (len(batch) + 1) * one.volume.nbytes > batch_bytes):
             yield batch
@@ -171,6 +202,12 @@ def _batches(prepared: Iterable[_Prepared], batch_bytes: int) -> Iterator[list[_
         batch.append(one)
     if batch:
         yield batch
+
+
+def stacked(batch: list[Prepared]) -> NDArray[Any]:
+    """Return the volumes of a batch as one array ``(B, X, Y, Z)``, a view of a single one."""
+    volumes = [prepared.volume for prepared in batch]
+    return volumes[0][np.newaxis] if len(batch) == 1 else np.stack(volumes)
 
 
 @dataclass(frozen=True)
@@ -214,9 +251,9 @@ def _same_grid(one: io.Map, other: io.Map) -> bool:
     return same_grid(one.data.shape, one.affine, other.data.shape, other.affine)
 
 
-def _on_device(
+def _found(
     maps: Array, source: io.Map, masks: _Masks, recipe: Recipe, backend: Backend
-) -> list[_OnDevice]:
+) -> list[Found]:
     """Threshold `maps` ``(B, X, Y, Z)``, and find regions or seeds."""
     xp = backend.xp
     if masks.brain is not None:
@@ -252,7 +289,7 @@ def _on_device(
         ]
     values: list[float] = cutoffs.tolist()
     return [
-        _OnDevice(cutoff, score, n, volume)
+        Found(cutoff, score, n, volume)
         for cutoff, score, n, volume in zip(values, scores, n_ranked, found, strict=True)
     ]
 
@@ -275,21 +312,25 @@ def _min_voxels(recipe: Recipe, source: io.Map) -> int:
     return math.ceil(min(exact * (1 - _VOLUME_TOLERANCE), more_than_there_are))
 
 
-def _regions(
-    prepared: _Prepared,
-    volume: _OnDevice,
+def finish(
+    prepared: Prepared,
+    found: Found,
     recipe: Recipe,
     parameters: dict[str, Any],
-    backend: Backend,
+    computed_by: ComputedBy,
 ) -> Regions:
+    """Return the regions of a map: what was found, settled, with its values and provenance.
+
+    `parameters` are those of ``recipe.describe()``, made once for many maps.
+    """
     source = prepared.source
     min_voxels = _min_voxels(recipe, source)
     walks: dict[str, Any] = {}
     packages = ["nibabel"]
-    if isinstance(volume.found, LabelledVoxels):
-        voxels = volume.found
+    if isinstance(found.voxels, LabelledVoxels):
+        voxels = found.voxels
     else:
-        voxels, confidence = volume.found.settle(min_voxels)
+        voxels, confidence = found.voxels.settle(min_voxels)
         warn_of_undecided(source.name, confidence)
         walks = {"random_walker": asdict(confidence)}
         packages += ["cvxopt"] * ("cholmod" in confidence.solvers)
@@ -297,24 +338,24 @@ def _regions(
         voxels=gather(voxels, prepared.volume),
         affine=source.affine,
         header=source.header,
-        cutoff=volume.cutoff,
+        cutoff=found.cutoff,
         provenance={
             "source": source.name,
             "shape": list(source.data.shape),
             "voxel_volume_mm3": source.voxel_volume_mm3,
             "dtype": str(source.data.dtype),
             "parameters": dict(parameters),
-            "percentile_score": volume.score,
-            "voxels_ranked": volume.n_ranked,
-            "cutoff": volume.cutoff if math.isfinite(volume.cutoff) else None,
+            "percentile_score": found.score,
+            "voxels_ranked": found.n_ranked,
+            "cutoff": found.cutoff if math.isfinite(found.cutoff) else None,
             "min_voxels": min_voxels,
             "voxels_not_finite": prepared.n_not_finite,
             "largest_magnitude": prepared.largest_magnitude,
             "regions": voxels.n_regions,
             **walks,
-            "backend": backend.name,
-            "device": backend.device,
-            "versions": _versions(*packages) | backend.versions(),
+            "backend": computed_by.name,
+            "device": computed_by.device,
+            "versions": _versions(*packages) | computed_by.versions(),
         },
     )
 

@@ -17,9 +17,10 @@ import pytest
 
 import gpuroi
 from gpuroi.cohort import extract_cohort, find_maps
-from gpuroi.cohort._distributed import run_on_dask
+from gpuroi.cohort._cluster import Cluster
+from gpuroi.cohort._engines import WorkerDiedError, each_outcome
 from gpuroi.cohort._ledger import FolderInUseError, Ledger
-from gpuroi.cohort._workers import WorkerDiedError, run_jobs
+from gpuroi.cohort._processes import Processes
 from tests.conftest import image
 
 RECIPE = {"threshold": "90%", "min_region_size": 20}
@@ -69,7 +70,7 @@ class TestDiscovery:
         return tmp_path / "tree"
 
     def stems(self, *inputs, **options):
-        return [str(one.stem) for one in find_maps(inputs, **options)]
+        return [one.stem for one in find_maps(inputs, **options)]
 
     def test_folders_patterns_lists_and_files(self, tree):
         assert self.stems(tree) == ["a", "b", "sub/a"]
@@ -84,7 +85,7 @@ class TestDiscovery:
 
     def test_two_maps_of_one_name_are_refused(self, tree):
         with pytest.raises(
-            ValueError, match="would both write a_desc-regions_dseg; name the folder"
+            ValueError, match=r"would both write a_desc-regions_dseg\.nii\.gz; name the folder"
         ):
             find_maps(["tree/a.nii.gz", "tree/sub/a.nii.gz"])
 
@@ -135,10 +136,13 @@ class TestResults:
             RECIPE,
             jobs=jobs,
             batch_size=2,
-            on_progress=lambda *numbers: progress.append(numbers),
+            on_progress=progress.append,
         )
         assert (report.n_done, report.n_skipped, report.failures) == (12, 0, ())
-        assert progress[-1] == (12, 0, 12)
+        counts = [(one.n_to_do, one.n_skipped, one.n_done, one.n_failed) for one in progress]
+        assert counts == [(12, 0, n, 0) for n in range(13)]
+        assert progress[0].latest is None
+        assert {one.latest.stem for one in progress[1:]} == {one.stem for one in report.maps}
         total = np.zeros((12, 13, 14), int)
         rows = []
         for path in sorted(cohort.rglob("*.nii.gz")):
@@ -196,8 +200,11 @@ class TestFailures:
             "folder.nii.gz",
             "missing.nii",
         ]
-        assert set(table["error"]) == {"InvalidMapError", "FileNotFoundError"}
-        assert table["message"].str.contains("not a regular file").sum() == 2
+        assert set(table["error"]) == {"InvalidMapError"}
+        for message, found in zip(
+            table["message"], ["damaged, cut short", "a pipe", "a folder", "no such"], strict=True
+        ):
+            assert found in message
         assert not [name for name in contents(tmp_path / "out") if "damaged" in name]
 
     def test_failures_stay_until_they_change_or_are_to_be_tried_again(self, cohort, tmp_path):
@@ -220,8 +227,10 @@ class TestFailures:
         damaged.write_bytes(whole)
         assert run() == (1, 12, 0, 15)
 
-    def test_a_killed_process_costs_its_own_job(self):
-        results = dict(run_jobs(range(20), 2, 4, _squares, ({7, 12},)))
+    @pytest.mark.parametrize("unit_size", [1, 4])
+    def test_a_killed_process_costs_its_own_job(self, unit_size):
+        with Processes(2, _Deadly, ({7, 12},)) as engine:
+            results = dict(each_outcome(engine, _squares, range(20), unit_size))
         assert {job for job, result in results.items() if isinstance(result, WorkerDiedError)} == {
             7,
             12,
@@ -230,7 +239,7 @@ class TestFailures:
         assert "SIGKILL, perhaps for want of memory" in str(results[7])
 
     def test_what_a_killed_process_was_writing_goes_with_the_run(self, cohort, tmp_path):
-        def leave_one(n_done, n_failed, n_todo):
+        def leave_one(progress):
             name = ".sub-03_tmap_desc-regions_dseg.tsv.4711-0a1b2c3d.tmp"
             (tmp_path / "out" / "group-1").mkdir(exist_ok=True)
             (tmp_path / "out" / "group-1" / name).touch()
@@ -239,8 +248,18 @@ class TestFailures:
         assert not list((tmp_path / "out").rglob("*.tmp"))
 
     def test_processes_that_cannot_begin_end_the_run(self):
-        with pytest.raises(WorkerDiedError, match="worker processes end before they begin"):
-            list(run_jobs(range(5), 2, 2, _cannot_begin, ()))
+        with (
+            pytest.raises(WorkerDiedError, match="worker processes end before they begin"),
+            Processes(2, _cannot_begin, ()) as engine,
+        ):
+            list(each_outcome(engine, _squares, range(5), 1))
+
+    def test_an_error_of_a_task_ends_the_run(self):
+        with (
+            pytest.raises(TypeError, match="unsupported operand"),
+            Processes(2, _Deadly, (set(),)) as engine,
+        ):
+            list(each_outcome(engine, _squares, [1, "one", 2], 1))
 
     def test_a_folder_is_used_by_one_run(self, cohort, tmp_path):
         with (
@@ -252,7 +271,10 @@ class TestFailures:
         with Ledger(tmp_path / "out", (1, 2)):  # other shards may
             second = extract_cohort(cohort, tmp_path / "out", RECIPE, shard=(2, 2))
         assert first.n_done + second.n_done == 12
-        assert len(set(pd.read_csv(second.summary["regions"], sep="\t")["map"])) == 12
+        assert first.summary == second.summary == {}  # the other had not begun, or not ended
+        again = extract_cohort(cohort, tmp_path / "out", RECIPE, shard=(1, 2))
+        assert (again.n_done, again.n_skipped) == (0, 6)
+        assert len(set(pd.read_csv(again.summary["regions"], sep="\t")["map"])) == 12
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
     def test_a_folder_that_cannot_be_written_to(self, cohort, tmp_path):
@@ -261,13 +283,15 @@ class TestFailures:
             extract_cohort(cohort, tmp_path / "out", RECIPE)
 
 
-def _squares(deadly):
-    def work(job):
-        if job in deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return job**2
+class _Deadly:
+    def __init__(self, jobs):
+        self.jobs = jobs
 
-    return work
+
+def _squares(deadly, unit):
+    if not deadly.jobs.isdisjoint(unit):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [job**2 for job in unit]
 
 
 def _cannot_begin():
@@ -376,8 +400,8 @@ class TestDask:
         extract_cohort(cohort, tmp_path / "here", RECIPE, jobs=1)
         processes = client.run(os.getpid)
 
-        def kill_one(n_done, n_failed, n_todo):
-            if n_done == 2:
+        def kill_one(progress):
+            if progress.n_done == 2:
                 os.kill(next(iter(processes.values())), signal.SIGKILL)
 
         report = extract_cohort(
@@ -389,6 +413,7 @@ class TestDask:
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")
     def test_a_job_that_kills_its_workers_is_lost_alone(self, client):
-        results = dict(run_on_dask(client, list(range(6)), 3, _squares, ({4},)))
+        with Cluster(client, _Deadly, ({4},)) as engine:
+            results = dict(each_outcome(engine, _squares, range(6), 3))
         assert isinstance(results.pop(4), WorkerDiedError)
         assert results == {job: job**2 for job in (0, 1, 2, 3, 5)}

@@ -134,6 +134,12 @@ def _load(name: str) -> Backend:
     return cast(Backend, module.load())
 
 
+def environments(name: str) -> list[dict[str, str]]:
+    """Return for each device of a backend the variables with which a process sees it alone."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    return module.environments() if hasattr(module, "environments") else [{}]
+
+
 def available_backends() -> dict[str, str | None]:
     """Return each backend's name with None if it can run here, else with the reason why not.
 

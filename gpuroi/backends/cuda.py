@@ -8,6 +8,7 @@ recorded run on a GPU has shown it identical and faster; docs/cuda.md names the 
 import importlib.metadata
 import os
 from collections.abc import Callable, Mapping
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -98,6 +99,16 @@ def _free_bytes(cupy: ModuleType) -> int:
     """Return the memory that new arrays can have: what the device and CuPy's pool hold free."""
     free, _ = cupy.cuda.Device().mem_info
     return int(free + cupy.get_default_memory_pool().free_bytes())
+
+
+def environments() -> list[dict[str, str]]:
+    """Return for each device that is visible the variables with which a process sees it alone."""
+    import cupy
+
+    n_devices = cupy.cuda.runtime.getDeviceCount()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = chosen.split(",") if chosen else map(str, range(n_devices))
+    return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in islice(names, n_devices)]
 
 
 class CudaBackend:

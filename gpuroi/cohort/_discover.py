@@ -3,31 +3,40 @@
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
-_EXTENSION = re.compile(r"(\.nii|\.mgh|\.mgz|\.img|\.hdr)?(\.gz|\.bz2)?$", re.IGNORECASE)
+from gpuroi.errors import MissingExtraError
+
+_EXTENSION = re.compile(r"(\.(nii|img|hdr)(\.gz|\.bz2)?|\.mg[hz])$", re.IGNORECASE)
+_VOLUME = re.compile(r"_vol-\d{4,}$")
 _IN_FOLDERS = (".nii", ".nii.gz")
 
+#: A folder with this file is a BIDS dataset.
+DESCRIPTION = "dataset_description.json"
+
 #: Suffixes of BIDS derivatives that are statistical maps.
-_MAP_SUFFIXES = ("statmap", "tmap", "zmap", "effect", "stat")
+MAP_SUFFIXES = ("statmap", "tmap", "zmap", "effect", "stat")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MapFile:
     """A file to work on, and what the names of its outputs begin with, below the output folder."""
 
-    path: Path
-    stem: PurePosixPath
+    path: str  # as it was named
+    source: str  # absolute
+    stem: str  # with slashes on every system
 
 
 def find_maps(
     inputs: Iterable[str | os.PathLike[str]],
     *,
-    entities: Mapping[str, Sequence[str]] | None = None,
+    entities: Mapping[str, str | Sequence[str]] | None = None,
     shard: tuple[int, int] | None = None,
     limit: int | None = None,
+    besides: Path | None = None,
 ) -> list[MapFile]:
     """Return the maps that `inputs` name, each once.
 
@@ -36,93 +45,169 @@ def find_maps(
     inputs : paths
         Files; folders, with all NIfTI files below them; patterns such as ``"sub-*/*_tmap.nii.gz"``;
         lists, ``"@maps.txt"`` with a path a line. A folder with a ``dataset_description.json`` is a
-        BIDS dataset, of which the statistical maps are taken.
+        BIDS dataset, of which the statistical maps are taken: files that end in ``_statmap``,
+        ``_tmap``, ``_zmap``, ``_effect`` or ``_stat``.
     entities : mapping, optional
-        Values that a BIDS entity may have, such as ``{"sub": ["01", "02"], "contrast": ["go"]}``;
-        files without the entity are left out.
+        Values that a BIDS entity may have, such as ``{"sub": ["01", "02"], "contrast": "go"}``;
+        files without the entity are left out. Names are parsed by nilearn.
     shard : (i, n), optional
         Take every n-th map from the i-th on, i from 1 to n: for the tasks of a scheduler's array.
     limit : int, optional
-        Take the first so many.
+        Take the first so many; of a shard, of its own.
+    besides : path, optional
+        A folder whose files are no maps: where the results go.
 
     Raises
     ------
     ValueError
         If nothing is found, or two maps would write to the same place.
+    MissingExtraError
+        If BIDS entities are to be read, and nilearn is not installed.
 
     Examples
     --------
     >>> from gpuroi.cohort import find_maps
-    >>> [str(one.stem) for one in find_maps(["maps/sub-01_tmap.nii.gz"])]
+    >>> [one.stem for one in find_maps(["maps/sub-01_tmap.nii.gz"])]
     ['sub-01_tmap']
     """
-    found: dict[Path, MapFile] = {}
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit!r} leaves nothing to do; pass a number of maps >= 1.")
+    first, step = (0, 1) if shard is None else (_first_of_shard(*shard), shard[1])
+    wanted = _wanted(entities or {})
+    has_entities = _entity_filter(wanted)
+    found: dict[str, MapFile] = {}
     for source in inputs:
-        n_before = len(found)
+        named = 0
         for one in _named_by(os.fspath(source)):
-            if _has_entities(one.path.name, entities or {}):
-                found.setdefault(one.path.absolute(), one)
-        if len(found) == n_before and not any(_named_by(os.fspath(source))):
-            raise ValueError(f"{os.fspath(source)}: there is no map here.")
+            if besides is not None and Path(one.source).is_relative_to(besides):
+                continue
+            named += 1
+            if has_entities(one.source):
+                found.setdefault(one.source, one)
+        if not named:
+            raise ValueError(
+                f"{os.fspath(source)}: there is no map here; name NIfTI files, folders or BIDS "
+                f"datasets that hold them, patterns, or a list as @maps.txt."
+            )
+    if not found and not wanted:
+        raise ValueError("there is no input; name files, folders, patterns or lists of maps.")
     if not found:
-        wanted = ", ".join(f"{key}-{'|'.join(values)}" for key, values in (entities or {}).items())
-        raise ValueError(f"no map has {wanted or 'a name that was asked for'}.")
-    maps = _without_collisions(list(found.values()))
-    if shard is not None:
-        number, n_shards = shard
-        if not 1 <= number <= n_shards:
-            raise ValueError(f"shard {number}/{n_shards} does not exist; pass 1/{n_shards} and on.")
-        maps = maps[number - 1 :: n_shards]
-    return maps[:limit]
+        asked = ", ".join(f"{key}-{'|'.join(values)}" for key, values in wanted.items())
+        raise ValueError(f"no map has {asked} in its name.")
+    maps = list(found.values())
+    _refuse_collisions(maps)
+    return maps[first::step][:limit]
+
+
+def _first_of_shard(number: int, n_shards: int) -> int:
+    if not 1 <= number <= n_shards:
+        raise ValueError(
+            f"shard {number}/{n_shards} does not exist; pass 1/{max(1, n_shards)} and on."
+        )
+    return number - 1
 
 
 def _named_by(source: str) -> Iterator[MapFile]:
     if source.startswith("@"):
-        listed = Path(source[1:]).expanduser()
-        for line in listed.read_text().splitlines():
-            if line.strip() and not line.lstrip().startswith("#"):
-                yield from _named_by(line.strip())
+        yield from _listed(source[1:])
         return
-    path = Path(source).expanduser()
-    if path.is_dir() and not source.endswith(_IN_FOLDERS):
-        yield from _in_folder(path)
-    elif glob.has_magic(source) and not path.exists():
-        for match in sorted(glob.glob(os.fspath(path), recursive=True)):  # noqa: PTH207
+    path = os.path.expanduser(source)
+    if os.path.isdir(path) and not source.endswith(_IN_FOLDERS):
+        yield from _in_folder(Path(path))
+    elif glob.has_magic(source) and not os.path.exists(path):
+        for match in sorted(glob.glob(path, recursive=True)):
             yield from _named_by(match)
     else:  # a file that is missing is found missing when its turn comes
-        yield MapFile(path, PurePosixPath(_EXTENSION.sub("", path.name)))
+        yield MapFile(path, os.path.abspath(path), stem_of(path))
+
+
+def _listed(path: str) -> Iterator[MapFile]:
+    try:
+        lines = Path(path).expanduser().read_text("utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"the list {path} cannot be read: {error.strerror}.") from error
+    for line in lines:
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield from _named_by(line.strip())
 
 
 def _in_folder(folder: Path) -> Iterator[MapFile]:
-    is_bids = (folder / "dataset_description.json").is_file()
+    parse = _bids_parser() if (folder / DESCRIPTION).is_file() else None
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        is_hidden = any(part.startswith(".") for part in inside.parts)
-        if is_hidden or not path.name.endswith(_IN_FOLDERS):
+        if not path.name.endswith(_IN_FOLDERS) or any(p.startswith(".") for p in inside.parts):
             continue
-        stem = _EXTENSION.sub("", path.name)
-        if is_bids and stem.rpartition("_")[2] not in _MAP_SUFFIXES:
-            continue
-        yield MapFile(path, PurePosixPath(inside.parent.as_posix()) / stem)
+        if parse is None or parse(path.name)["suffix"] in MAP_SUFFIXES:
+            stem = (inside.parent / stem_of(path.name)).as_posix()
+            yield MapFile(os.fspath(path), os.path.abspath(path), stem)
 
 
-def _has_entities(name: str, wanted: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether the BIDS `name` has one of the values `wanted` for each entity."""
-    pairs = (part.partition("-") for part in name.split("_"))
-    has = {key: value for key, dash, value in pairs if dash}
-    return all(
-        has.get(key) in [value.removeprefix(f"{key}-") for value in values]
-        for key, values in wanted.items()
-    )
+def stem_of(path: str | os.PathLike[str]) -> str:
+    """Return the name of a map without its extensions, which the names of its outputs begin with.
+
+    Examples
+    --------
+    >>> stem_of("maps/sub-01_tmap.nii.gz")
+    'sub-01_tmap'
+    """
+    return _EXTENSION.sub("", os.path.basename(path))
 
 
-def _without_collisions(maps: list[MapFile]) -> list[MapFile]:
-    taken: dict[PurePosixPath, Path] = {}
+def _wanted(entities: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
+    """Return the labels wanted of each entity, ``01`` for ``sub-01`` too."""
+    as_lists = {
+        key: [values] if isinstance(values, str) else list(values)
+        for key, values in entities.items()
+    }
+    return {
+        key: [value.removeprefix(f"{key}-") for value in values]
+        for key, values in as_lists.items()
+        if values
+    }
+
+
+def _entity_filter(wanted: Mapping[str, Sequence[str]]) -> Callable[[str], bool]:
+    """Return what says of a path whether it has one of the labels `wanted` of each entity."""
+    if not wanted:
+        return lambda path: True
+    parse = _bids_parser()
+
+    def has_entities(path: str) -> bool:
+        name = os.path.basename(path)
+        has = parse(name)["entities"] if "." in name else {}
+        return all(has.get(key) in labels for key, labels in wanted.items())
+
+    return has_entities
+
+
+def _bids_parser() -> Callable[[str], Any]:
+    try:
+        from nilearn.interfaces.bids import parse_bids_filename
+    except ImportError as error:
+        raise MissingExtraError(
+            f"BIDS names are read by nilearn, which cannot be imported ({error}); "
+            "pip install 'gpuroi[bids]', or name the files by a pattern."
+        ) from error
+    parse: Callable[[str], Any] = parse_bids_filename
+    return parse
+
+
+def _refuse_collisions(maps: list[MapFile]) -> None:
+    """Raise `ValueError` if two maps, or volumes of them, could be written to one place."""
+    by_stem: dict[str, str] = {}
     for one in maps:
-        if one.stem in taken:
+        if one.stem in by_stem:
             raise ValueError(
-                f"{taken[one.stem]} and {one.path} would both write {one.stem}_desc-regions_dseg; "
-                "name the folder above them instead, or extract them into separate folders."
+                f"{by_stem[one.stem]} and {one.path} would both write "
+                f"{one.stem}_desc-regions_dseg.nii.gz; name the folder above them instead, or "
+                "extract them into separate folders."
             )
-        taken[one.stem] = one.path
-    return maps
+        by_stem[one.stem] = one.path
+    for stem, path in by_stem.items():
+        series = _VOLUME.sub("", stem)
+        if series != stem and series in by_stem:
+            raise ValueError(
+                f"a volume of {by_stem[series]} could be written as "
+                f"{stem}_desc-regions_dseg.nii.gz, as {path} is; extract them into separate "
+                "folders."
+            )

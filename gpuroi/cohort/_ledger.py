@@ -2,21 +2,22 @@
 
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from filelock import FileLock, Timeout
 
+from gpuroi.errors import GpuroiError
+
 _FOLDER = ".gpuroi"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
-    """What became of one map."""
+    """What became of one map; its outputs are told by `gpuroi.cohort._outputs.output_names`."""
 
     source: str  # absolute
     size: int  # bytes, -1 if there was no file
@@ -24,26 +25,40 @@ class Record:
     parameters: str  # digest
     stem: str
     status: Literal["done", "failed"]
-    outputs: dict[str, tuple[int, int]] = field(default_factory=dict)  # bytes and CRC-32, by name
+    n_volumes: int = 0
     n_regions: int = 0
+    output_bytes: int = 0  # of all outputs together
+    output_crc: int = 0  # CRC-32 of all outputs, one behind the other
     error: str = ""  # class
     message: str = ""
+    warnings: tuple[str, ...] = ()
 
 
-class FolderInUseError(RuntimeError):
+_FIELDS = {field.name for field in fields(Record)}
+
+
+class FolderInUseError(GpuroiError, RuntimeError):
     """Another run writes to the folder."""
 
 
 class Ledger:
-    """The records of an output folder; those of other shards can be read, not added to."""
+    """The records of an output folder; those of other shards can be read, not added to.
+
+    Attributes
+    ----------
+    records : dict
+        The newest record of each source, this run's included.
+    """
 
     def __init__(self, folder: Path, shard: tuple[int, int] | None) -> None:
         self.folder = folder
+        self._n_shards = 1 if shard is None else shard[1]
         name = "ledger" if shard is None else f"ledger-{shard[0]}of{shard[1]}"
         (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
         self._path = folder / _FOLDER / f"{name}.jsonl"
-        self._lock = FileLock(folder / _FOLDER / f"{name}.lock")
+        self._lock = _lock(self._path)
         self._stream: IO[bytes] | None = None
+        self.records: dict[str, Record] = {}
 
     def __enter__(self) -> "Ledger":
         try:
@@ -58,6 +73,7 @@ class Ledger:
                 written.seek(-1, os.SEEK_END)
                 if written.read() != b"\n":  # a run was killed in the middle of a line
                     self._stream.write(b"\n")
+        self.read()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,42 +91,52 @@ class Ledger:
         except OSError:
             os.ftruncate(self._stream.fileno(), end)
             raise
+        self.records[record.source] = record
 
-    def records(self) -> dict[str, Record]:
-        """Return the newest record of each source, of all shards."""
-        newest: dict[str, Record] = {}
-        for path in sorted((self.folder / _FOLDER).glob("ledger*.jsonl")):
-            newest |= {record.source: record for record in _read(path)}
-        return newest
+    def read(self) -> None:
+        """Take the records of all shards from the disk."""
+        for path in sorted(self._path.parent.glob("ledger*.jsonl")):
+            self.records |= {record.source: record for record in _read(path)}
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep the other shards from summing up at the same time."""
-        with FileLock(self.folder / _FOLDER / "summary.lock"):
-            yield
+    def last_of_shards(self) -> Iterator[bool]:
+        """Yield whether every other shard has ended; until the block ends, none of them sums up.
+
+        This one has ended for the others from here on, so that of two that end together, the second
+        to come here sees the first ended.
+        """
+        if self._n_shards == 1:
+            yield True
+            return
+        with FileLock(self._path.with_name("summary.lock")):
+            self._lock.release()
+            ledgers = list(self._path.parent.glob(f"ledger-*of{self._n_shards}.jsonl"))
+            is_last = len(ledgers) == self._n_shards and not any(map(_is_locked, ledgers))
+            if is_last:
+                self.read()
+            yield is_last
+
+
+def _lock(ledger: Path) -> FileLock:
+    return FileLock(ledger.with_suffix(".lock"))
+
+
+def _is_locked(ledger: Path) -> bool:
+    lock = _lock(ledger)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def _read(path: Path) -> Iterator[Record]:
-    for line in path.read_bytes().splitlines():
-        try:
-            fields: dict[str, Any] = json.loads(line)
-            outputs = {name: (size, crc) for name, (size, crc) in fields.pop("outputs").items()}
-            yield Record(**fields, outputs=outputs)
-        except (ValueError, TypeError, KeyError):
-            continue  # torn when a run was killed: that map is done again
-
-
-def are_whole(folder: Path, outputs: dict[str, tuple[int, int]]) -> bool:
-    """Return whether all files are there as they were written."""
-    return bool(outputs) and all(
-        fingerprint(folder / name) == wanted for name, wanted in outputs.items()
-    )
-
-
-def fingerprint(path: Path) -> tuple[int, int] | None:
-    """Return a file's size and CRC-32, or None if it cannot be read."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    return len(content), zlib.crc32(content)
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                record: dict[str, Any] = json.loads(line)
+                record["warnings"] = tuple(record["warnings"])
+                yield Record(**record)
+            except (ValueError, TypeError, KeyError):
+                continue  # torn when a run was killed: that map is done again

@@ -1,26 +1,52 @@
 """A cohort from inputs to summaries."""
 
+import contextlib
 import hashlib
 import json
+import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import nibabel as nib
 import numpy as np
 
+from gpuroi.backends import Backend, environments, get_backend
+from gpuroi.cohort._cluster import Cluster
+from gpuroi.cohort._consumer import Consumer
 from gpuroi.cohort._discover import MapFile, find_maps
-from gpuroi.cohort._distributed import run_on_dask
-from gpuroi.cohort._ledger import Ledger, Record, are_whole
-from gpuroi.cohort._one import Outcome, failed, identify, make_work
+from gpuroi.cohort._engines import Engine, ThisProcess, WorkerDiedError, each_outcome
+from gpuroi.cohort._ledger import Ledger, Record
+from gpuroi.cohort._outputs import TEMPORARY, stem_of_output
+from gpuroi.cohort._processes import Processes
 from gpuroi.cohort._summary import write_summary
-from gpuroi.cohort._workers import WorkerDiedError, run_jobs
+from gpuroi.cohort._tasks import Job, Tools, check, extract, failed, identify, make_tools
+from gpuroi.errors import OutputError
 from gpuroi.recipe import Recipe, make_recipe
 
-_BATCH = 16  # maps a process is given at once: hides the way to the parent and back
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.tmp")
+_CHECKS_A_UNIT = 64
+
+# Maps that a task of Dask holds, which costs about as much as a small one.
+_MAPS_A_TASK = 16
+
+# What a device is given at once by each process, and the most maps of it.
+_BYTES_FOR_DEVICE = 64 * 2**20
+_MOST_FOR_DEVICE = 128
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    n_to_do: int  # in this run
+    n_skipped: int  # done by an earlier one
+    n_done: int = 0
+    n_failed: int = 0
+    latest: Record | None = None  # None: the run begins
 
 
 @dataclass(frozen=True)
@@ -28,11 +54,11 @@ class CohortReport:
     """What became of a cohort."""
 
     folder: Path
+    maps: tuple[MapFile, ...]  # in the order of the inputs
     n_done: int  # in this run
     n_skipped: int  # done by an earlier one
     failures: tuple[Record, ...]
-    warnings: tuple[str, ...] = ()
-    summary: dict[str, Path] = field(default_factory=dict)
+    summary: dict[str, Path] = field(default_factory=dict)  # empty while other shards run
 
 
 def extract_cohort(
@@ -40,15 +66,16 @@ def extract_cohort(
     out_dir: str | os.PathLike[str],
     recipe: Recipe | Mapping[str, Any] | None = None,
     *,
-    entities: Mapping[str, Sequence[str]] | None = None,
+    entities: Mapping[str, str | Sequence[str]] | None = None,
     shard: tuple[int, int] | None = None,
     limit: int | None = None,
     jobs: int | None = None,
     batch_size: int | None = None,
     retry_failed: bool = False,
-    backend: str = "cpu",
+    backend: str = "auto",
+    on_gpu_error: Literal["stop", "cpu"] = "stop",
     client: Any = None,
-    on_progress: Callable[[int, int, int], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> CohortReport:
     """Write the regions of many maps, in processes, and go on where an earlier run was stopped.
 
@@ -58,24 +85,31 @@ def extract_cohort(
         Files, folders, patterns, lists (``"@maps.txt"``), BIDS datasets; see `find_maps`.
     out_dir : path
         For each map a label image, a table and a ``.json``, below the folders that the input has;
-        ``regions.tsv``, ``overlap.nii.gz`` and ``failures.tsv`` of all; and the ledger.
+        of two maps or more ``regions.tsv`` and ``overlap.nii.gz``; ``failures.tsv`` if there are
+        any; ``dataset_description.json``; and the ledger, in ``.gpuroi``.
     recipe : Recipe or mapping, optional
         Parameters of `gpuroi.extract_regions`, such as ``{"threshold": 3.0}``.
     entities, shard, limit
-        Which of the maps; see `find_maps`.
+        Which of the maps; see `find_maps`. The summaries of shards are written by the one that ends
+        last.
     jobs : int, optional
         Processes; by default one for each core that may be used.
     batch_size : int, optional
-        Maps that a process is given at once.
+        Maps that are handed to a device or to a worker of Dask at once; by default as many as keep
+        it busy.
     retry_failed : bool
         Try again what failed before and has not changed since.
-    backend : {"cpu", "cuda", "auto"}
-        Where each process computes.
+    backend : {"auto", "cpu", "cuda"}
+        Where to compute. With a device, the processes read, measure and write, and one more for
+        each device computes for all of them.
+    on_gpu_error : {"stop", "cpu"}
+        Whether a device that fails ends the run, to be gone on with later, or the rest is computed
+        on the CPU.
     client : distributed.Client, optional
         Run on the workers of a Dask cluster instead of `jobs` processes; all of them see the inputs
-        and `out_dir` at the same paths.
+        and `out_dir` at the same paths, and use the `backend` they have.
     on_progress : callable, optional
-        Called with the numbers of maps done, failed and to do in this run.
+        Called with a `Progress` when the work begins and after each map.
 
     Returns
     -------
@@ -87,6 +121,17 @@ def extract_cohort(
         If nothing is found, two maps would write to one place, or a parameter is wrong.
     FolderInUseError
         If another run writes to `out_dir`.
+    DeviceLostError
+        If a device fails and `on_gpu_error` is ``"stop"``.
+    OutputError
+        If the disk of `out_dir` is full or read-only.
+    BackendUnavailableError, UnknownBackendError
+        If `backend` cannot run here, or does not exist.
+
+    Notes
+    -----
+    Whatever ends a run, even SIGKILL, the same call goes on with what is left. A map is done again
+    if it, the parameters, the version of gpuroi or one of its outputs have changed.
 
     Examples
     --------
@@ -103,41 +148,105 @@ def extract_cohort(
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
     chosen = recipe if isinstance(recipe, Recipe) else make_recipe(**(recipe or {}))
-    parameters = digest(chosen)
+    if on_gpu_error not in ("stop", "cpu"):
+        raise ValueError(f"on_gpu_error={on_gpu_error!r} is neither 'stop' nor 'cpu'.")
+    n_jobs = _at_least_one("jobs", jobs) or _n_cores()
+    batch_size = _at_least_one("batch_size", batch_size)
     folder = Path(out_dir).expanduser().absolute()
-    maps = [
-        one
-        for one in find_maps(inputs, entities=entities, shard=shard, limit=limit)
-        if folder not in one.path.absolute().parents
-    ]
-    n_jobs = jobs or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else jobs or 1
+    maps = find_maps(inputs, entities=entities, shard=shard, limit=limit, besides=folder)
+    job = Job(
+        folder,
+        chosen,
+        digest(chosen),
+        backend if client is not None else get_backend(backend).name,
+        on_gpu_error == "cpu",
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with Ledger(folder, shard) as ledger:
-        _remove_temporaries(folder, maps)
-        todo, earlier_failures, n_skipped = _to_do(maps, ledger, parameters, retry_failed)
-        n_done, failures = 0, list(earlier_failures)
-        warnings: list[str] = []
-        arguments = (folder, chosen, parameters, backend)
-        size = batch_size or _BATCH
-        if client is None:
-            results = run_jobs(todo, min(n_jobs, max(1, len(todo))), size, make_work, arguments)
-        else:
-            results = run_on_dask(client, todo, size, make_work, arguments)
-        for one, result in results:
-            if isinstance(result, WorkerDiedError):
-                result = Outcome(failed(one, parameters, result))
-            ledger.add(result.record)
-            warnings += result.warnings
-            if result.record.status == "done":
-                n_done += 1
+        try:
+            _remove_temporaries(folder, maps)
+            with ExitStack() as stack:
+                engine, unit_size = _engine(stack, job, maps, n_jobs, batch_size, client)
+                run = _Run(job, engine, on_progress or (lambda progress: None))
+                todo = run.to_do(maps, ledger, retry_failed)
+                run.work_on(todo, unit_size, ledger)
+                with ledger.last_of_shards() as is_last:
+                    summary = {}
+                    if is_last:
+                        records = ledger.records.values()
+                        summary = write_summary(folder, engine, records, job.parameters)
+        finally:
+            _remove_temporaries(folder, maps)  # of processes that have died
+    return CohortReport(
+        folder, tuple(maps), run.n_done, run.n_skipped, tuple(run.failures), summary
+    )
+
+
+class _Run:
+    """The work of one run, counted."""
+
+    def __init__(self, job: Job, engine: Engine, on_progress: Callable[[Progress], None]) -> None:
+        self._job = job
+        self._engine = engine
+        self._on_progress = on_progress
+        self.n_done = 0
+        self.n_skipped = 0
+        self.failures: list[Record] = []
+
+    def to_do(self, maps: list[MapFile], ledger: Ledger, retry_failed: bool) -> list[MapFile]:
+        """Return the maps to work on; count those that are done, and keep failures that stay."""
+        todo = []
+        seem_done: dict[str, MapFile] = {}
+        for one in maps:
+            record = ledger.records.get(one.source)
+            if record is None or not self._is_of(record, one):
+                todo.append(one)
+            elif record.status == "done":
+                seem_done[record.source] = one
+            elif retry_failed or record.error == OutputError.__name__:
+                todo.append(one)
             else:
-                failures.append(result.record)
-            if on_progress is not None:
-                on_progress(n_done, len(failures), len(todo))
-        _remove_temporaries(folder, maps)  # of processes that died in this run
-        with ledger.alone():
-            summary = write_summary(folder, ledger.records().values(), parameters)
-    return CohortReport(folder, n_done, n_skipped, tuple(failures), tuple(warnings), summary)
+                self.failures.append(record)
+        records = [ledger.records[source] for source in seem_done]
+        for record, is_whole in each_outcome(self._engine, check, records, _CHECKS_A_UNIT):
+            if is_whole is True:
+                self.n_skipped += 1
+                del seem_done[record.source]
+        if not seem_done:
+            return todo
+        again = set(todo) | set(seem_done.values())
+        return [one for one in maps if one in again]
+
+    def _is_of(self, record: Record, one: MapFile) -> bool:
+        """Return whether `record` is of this map as it is now, and of these parameters."""
+        return (
+            (record.size, record.mtime_ns) == identify(one.path)
+            and record.parameters == self._job.parameters
+            and record.stem == one.stem
+        )
+
+    def work_on(self, todo: list[MapFile], unit_size: int, ledger: Ledger) -> None:
+        """Extract the maps, and write down what becomes of each as it ends."""
+        self._tell(len(todo), None)
+        outcome: Any
+        for one, outcome in each_outcome(self._engine, extract, todo, unit_size):
+            if isinstance(outcome, WorkerDiedError):
+                outcome = failed(one, self._job.parameters, outcome)
+            if outcome.error == OutputError.__name__:
+                with contextlib.suppress(OSError):
+                    ledger.add(outcome)
+                raise OutputError(f"{outcome.message} Make room, and run again to go on.")
+            ledger.add(outcome)
+            if outcome.status == "done":
+                self.n_done += 1
+            else:
+                self.failures.append(outcome)
+            self._tell(len(todo), outcome)
+
+    def _tell(self, n_to_do: int, latest: Record | None) -> None:
+        self._on_progress(
+            Progress(n_to_do, self.n_skipped, self.n_done, len(self.failures), latest)
+        )
 
 
 def digest(recipe: Recipe) -> str:
@@ -153,37 +262,66 @@ def digest(recipe: Recipe) -> str:
     return content.hexdigest()[:16]
 
 
-def _to_do(
-    maps: list[MapFile], ledger: Ledger, parameters: str, retry_failed: bool
-) -> tuple[list[MapFile], list[Record], int]:
-    """Return the maps to work on, the failures that stay, and how many are done already."""
-    records = ledger.records()
-    todo, failures, n_skipped = [], [], 0
-    for one in maps:
-        record = records.get(str(one.path.absolute()))
-        is_same = record is not None and (
-            (record.size, record.mtime_ns) == identify(one.path)
-            and record.parameters == parameters
-            and record.stem == str(one.stem)
-        )
-        if record is None or not is_same:
-            todo.append(one)
-        elif record.status == "failed":
-            (todo.append(one) if retry_failed else failures.append(record))
-        elif are_whole(ledger.folder, record.outputs):
-            n_skipped += 1
-        else:
-            todo.append(one)
-    return todo, failures, n_skipped
+def _engine(
+    stack: ExitStack,
+    job: Job,
+    maps: list[MapFile],
+    n_jobs: int,
+    batch_size: int | None,
+    client: Any,
+) -> tuple[Engine, int]:
+    """Return what runs the tasks, and how many maps are handed over at once."""
+    if client is not None:
+        return stack.enter_context(Cluster(client, make_tools, (job,))), batch_size or _MAPS_A_TASK
+    if len(maps) < 2:
+        return stack.enter_context(ThisProcess(Tools(job))), 1
+    n_processes = min(n_jobs, len(maps))
+    if not _is_device(get_backend(job.backend)):
+        return stack.enter_context(Processes(n_processes, make_tools, (job,))), 1
+    consumers = [
+        stack.enter_context(Consumer(job.backend, environment, job.recipe))
+        for environment in environments(job.backend)
+    ]
+    in_turn = cycle(consumers)
+    engine = Processes(n_processes, make_tools, (job,), lambda: next(in_turn).connect())
+    return stack.enter_context(engine), batch_size or _batch_for_device(maps[0])
+
+
+def _is_device(backend: Backend) -> bool:
+    return backend.batch_bytes > 1  # a host takes its maps one by one
+
+
+def _batch_for_device(first: MapFile) -> int:
+    """Return how many maps like the first are enough for a device."""
+    try:
+        image: Any = nib.load(first.path)
+        n_bytes: int = 4 * math.prod(image.shape)
+    except Exception:  # of a map that fails, nothing follows for the others
+        return 1
+    return min(_MOST_FOR_DEVICE, max(1, _BYTES_FOR_DEVICE // max(1, n_bytes)))
+
+
+def _n_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _at_least_one(parameter: str, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise ValueError(f"{parameter}={value!r} is not a number >= 1.")
+    return value
 
 
 def _remove_temporaries(folder: Path, maps: list[MapFile]) -> None:
-    """Remove what processes that were killed have left of these maps' files."""
-    for parent in {folder / one.stem.parent for one in maps} | {folder}:
-        if not parent.is_dir():
-            continue
-        stems = {one.stem.name for one in maps if folder / one.stem.parent == parent}
-        for path in parent.iterdir():
-            match = _TEMPORARY.fullmatch(path.name)
-            if match and (parent == folder or any(match["name"].startswith(s) for s in stems)):
-                path.unlink(missing_ok=True)
+    """Remove what processes that were killed have left of these maps: other shards have theirs."""
+    stems_of: dict[Path, set[str]] = {}
+    for one in maps:
+        parent, _, stem = one.stem.rpartition("/")
+        stems_of.setdefault(folder / parent, set()).add(stem)
+    for below, stems in stems_of.items():
+        if below.is_dir():
+            for path in below.glob(".*.tmp"):
+                match = TEMPORARY.fullmatch(path.name)
+                if match and stem_of_output(match["name"]) in stems:
+                    path.unlink(missing_ok=True)

@@ -3,84 +3,154 @@
 import csv
 import io as text_io
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
-
 from gpuroi import io
+from gpuroi.cohort._discover import DESCRIPTION
+from gpuroi.cohort._engines import Engine, each_outcome, in_units
 from gpuroi.cohort._ledger import Record
+from gpuroi.cohort._outputs import TEMPORARY
+from gpuroi.cohort._tasks import Sum, sum_up
 from gpuroi.overlap import Overlap
+
+_NAMES = (DESCRIPTION, "regions.tsv", "overlap.nii.gz", "failures.tsv")
 
 # Of what is in failures.tsv.
 _FAILURE = ("source", "error", "message")
 
+# Maps that are summed up by one process at once: their sums are sent back, one volume each.
+_MAPS_A_SUM = 64
 
-def write_summary(folder: Path, records: Iterable[Record], parameters: str) -> dict[str, Path]:
+
+def write_summary(
+    folder: Path, engine: Engine, records: Iterable[Record], parameters: str
+) -> dict[str, Path]:
     """Write the summaries of all `records` made with `parameters`; return their paths.
 
-    In the order of the names, so that the bytes do not depend on which map came first.
+    In the order of the names, so that the bytes do not depend on which map came first. One map that
+    is done has no summary but itself; no failure, no failures.tsv.
     """
-    made = [record for record in records if record.parameters == parameters]
-    made.sort(key=lambda record: record.stem)
+    made = sorted(
+        (record for record in records if record.parameters == parameters),
+        key=lambda record: record.stem,
+    )
     done = [record for record in made if record.status == "done"]
-    paths = {
-        "regions": folder / "regions.tsv",
-        "failures": folder / "failures.tsv",
-        "description": folder / "dataset_description.json",
-    }
-    io.write_text(_all_tables(folder, done), paths["regions"])
-    failures = [
-        [getattr(record, name) for name in _FAILURE] for record in made if record.status == "failed"
-    ]
-    io.write_text(_tsv([_FAILURE, *failures]), paths["failures"])
-    io.write_text(_description(), paths["description"])
-    overlap = _overlap(folder, done)
-    if overlap is not None:
-        paths["overlap"] = folder / "overlap.nii.gz"
-        io.write_image(overlap, paths["overlap"])
+    failures = [record for record in made if record.status == "failed"]
+    paths = {"description": folder / DESCRIPTION}
+    for path in folder.glob(".*.tmp"):  # of a run that was killed in the middle of this
+        match = TEMPORARY.fullmatch(path.name)
+        if match and match["name"] in _NAMES:
+            path.unlink(missing_ok=True)
+    io.write_text(_description(made), paths["description"])
+
+    table, overlap_file, failed = (folder / name for name in _NAMES[1:])
+    overlap = Overlap()
+    if sum(record.n_volumes for record in done) > 1:
+        _write_table(table, _sums(engine, done), overlap)
+        paths["regions"] = table
+    else:
+        table.unlink(missing_ok=True)
+    if overlap.counts is not None:
+        io.write_image(overlap.image(), overlap_file)
+        paths["overlap"] = overlap_file
+    else:
+        overlap_file.unlink(missing_ok=True)
+    if failures:
+        io.write_text(_failures(failures), failed)
+        paths["failures"] = failed
+    else:
+        failed.unlink(missing_ok=True)
     return paths
 
 
-def _all_tables(folder: Path, done: list[Record]) -> str:
-    """Return the rows of all tables, each after the name of its map."""
-    lines: list[str] = []
-    for record in done:
-        for name in sorted(name for name in record.outputs if name.endswith(".tsv")):
-            header, *rows = (folder / name).read_text().splitlines()
-            if not lines:
-                lines.append(f"map\t{header}")
-            label = name.removesuffix("_desc-regions_dseg.tsv")
-            lines += [f"{label}\t{row}" for row in rows]
-    return "\n".join([*lines, ""])
+def _sums(engine: Engine, done: list[Record]) -> Iterator[Sum]:
+    """Yield the sums of runs of records, in order, as processes make them."""
+    chunks = list(in_units(done, _MAPS_A_SUM))
+    place_of = {chunk[0].stem: place for place, chunk in enumerate(chunks)}
+    early: dict[int, Sum] = {}
+    place = 0
+    for chunk, outcome in each_outcome(engine, sum_up, chunks, 1):
+        if isinstance(outcome, Exception):
+            raise outcome
+        early[place_of[chunk[0].stem]] = outcome
+        while place in early:
+            yield early.pop(place)
+            place += 1
 
 
-def _overlap(folder: Path, done: list[Record]) -> nib.Nifti1Image | None:
-    """Return in how many maps each voxel lies in a region, or None if grids differ."""
-    overlap = Overlap()
-    for record in done:
-        for name in sorted(name for name in record.outputs if name.endswith(".nii.gz")):
-            image = io.load(folder / name)
-            labels = np.asanyarray(image.dataobj)
-            overlap.add(np.flatnonzero(labels), labels.shape, image.affine, image.header)
-    return None if overlap.counts is None else overlap.image()
+def _write_table(path: Path, sums: Iterable[Sum], overlap: Overlap) -> None:
+    """Write the rows of all tables, one run after the other, and add up their overlaps."""
+    with io.atomic_writer(path) as file:
+        header = ""
+        for one in sums:
+            if not header:
+                header = f"map\t{one.header}\n"
+                file.write(header.encode())
+            file.write("".join(f"{row}\n" for row in one.rows).encode())
+            overlap.merge(one.overlap)
 
 
-def _description() -> str:
+def _failures(failures: list[Record]) -> str:
+    stream = text_io.StringIO()
+    rows = ([getattr(record, name) for name in _FAILURE] for record in failures)
+    csv.writer(stream, delimiter="\t", lineterminator="\n").writerows([_FAILURE, *rows])
+    return stream.getvalue()
+
+
+def _description(made: list[Record]) -> str:
     from gpuroi import __version__
 
     description = {
         "Name": "Regions of statistical maps",
         "BIDSVersion": "1.10.0",
         "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "gpuroi", "Version": __version__}],
+        "GeneratedBy": [
+            {
+                "Name": "gpuroi",
+                "Version": __version__,
+                "Description": "Thresholded maps, in regions: labels, tables and provenance",
+            }
+        ],
+        "SourceDatasets": _source_datasets(made),
     }
     return json.dumps(description, indent=2) + "\n"
 
 
-def _tsv(rows: Iterable[Iterable[Any]]) -> str:
-    stream = text_io.StringIO()
-    csv.writer(stream, delimiter="\t", lineterminator="\n").writerows(rows)
-    return stream.getvalue()
+def _source_datasets(made: list[Record]) -> list[dict[str, Any]]:
+    """Return the BIDS datasets that the maps are of; of the others, the folder they all are in."""
+    folders = {Path(record.source).parent for record in made}
+    datasets = {_dataset_of(folder) for folder in folders}
+    others = [os.fspath(folder) for folder in folders if _dataset_of(folder) is None]
+    if others:
+        datasets.add(Path(_common_folder(others)))
+    return [_source_dataset(root) for root in sorted(root for root in datasets if root is not None)]
+
+
+def _common_folder(folders: list[str]) -> str:
+    try:
+        return os.path.commonpath(folders)
+    except ValueError:  # on several drives
+        return min(folders)
+
+
+@cache
+def _dataset_of(folder: Path) -> Path | None:
+    """Return the nearest folder above that is a BIDS dataset."""
+    if (folder / DESCRIPTION).is_file():
+        return folder
+    return None if folder.parent == folder else _dataset_of(folder.parent)
+
+
+def _source_dataset(root: Path) -> dict[str, Any]:
+    """Return where a dataset is; of a BIDS one, its DOI, too."""
+    source = {"URL": root.as_uri()}
+    try:
+        described = json.loads((root / DESCRIPTION).read_text("utf-8"))
+        doi = described.get("DatasetDOI")
+    except (OSError, ValueError, AttributeError):
+        return source
+    return source | ({"DOI": doi} if isinstance(doi, str) else {})

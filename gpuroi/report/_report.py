@@ -120,8 +120,7 @@ class Report:
         table, provenance = regions.table, dict(regions.provenance)
         volumes: list[float] = table["volume_mm3"].tolist()
         self._volumes_mm3 += volumes
-        voxels = regions.voxels
-        self._overlap.add(voxels.index, voxels.shape, regions.affine, regions.header)
+        self._overlap.add(regions.labels != 0, regions.affine, regions.header)
         own = {name: provenance.pop(name) for name in _OF_ONE_MAP if name in provenance}
         self._run = provenance
         line = html.MapLine(

@@ -1,0 +1,286 @@
+"""One process a device: it takes batches from the processes that decode, and says what it found.
+
+Volumes come through shared memory, so that the decoders' processes hand them over without a copy;
+what was found, a few percent of them, goes back through a pipe. Only the copy to the device and the
+backend's steps run here: measuring, compressing and writing are the decoders' again, side by side.
+"""
+
+import contextlib
+import mmap
+import os
+import signal
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuroi import io
+from gpuroi.backends import get_backend
+from gpuroi.cohort._processes import how_it_ended, start_context
+from gpuroi.errors import DeviceLostError
+from gpuroi.pipeline import Finder, Found, Prepared, Upload, stacked
+from gpuroi.recipe import Recipe
+
+# Batches on their way to the device or on it: one is copied while the other is worked on.
+_MOST_ON_DEVICE = 2
+
+_ENDED = "the process of the device has ended."
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the provenance says of a device in another process."""
+
+    name: str
+    device: str
+    packages: dict[str, str]
+    batch_bytes: int
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the libraries that decide the result, by package name."""
+        return self.packages
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A batch of maps, all on the grid of the first."""
+
+    name: str
+    affine: NDArray[np.float64]
+    shape: tuple[int, ...]  # (B, X, Y, Z)
+    dtype: str
+    new_bytes: int = 0  # size of the shared memory that comes behind; 0: of the latest
+    volumes: NDArray[Any] | None = None  # where memory cannot be shared
+
+
+class Consumer:
+    """The process of one device, as the run sees it.
+
+    Parameters
+    ----------
+    backend : str
+    environment : mapping
+        Variables with which the process sees its device alone.
+    recipe : Recipe
+    """
+
+    def __init__(self, backend: str, environment: Mapping[str, str], recipe: Recipe) -> None:
+        context = start_context()
+        self._control, theirs = context.Pipe()
+        self._pipe = context.Pipe
+        self._process: Any = context.Process(  # type: ignore[attr-defined]
+            target=_consume, args=(theirs, backend, dict(environment), recipe), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> "Consumer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._control.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+
+    def connect(self) -> Connection:
+        """Return a way to the device for one more process; of a lost one, a way that is closed."""
+        ours, theirs = self._pipe()
+        with contextlib.suppress(OSError, EOFError):
+            self._control.send(ours)
+            self._control.recv()  # it is open there, and can be closed here
+        ours.close()
+        return theirs
+
+    def ending(self) -> str:
+        """Return how the process ended."""
+        return how_it_ended(self._process)
+
+
+class RemoteFinder:
+    """Finds regions in batches of maps as `gpuroi.pipeline.Finder` does, where the device is."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._shared: mmap.mmap | None = None
+        self._device: Device | None = None
+
+    @property
+    def computed_by(self) -> Device:
+        """What the provenance says of the device."""
+        if self._device is None:
+            with contextlib.suppress(OSError):  # it has ended; there is no answer
+                self._connection.send(None)
+            self._device = self._answer()
+        return self._device
+
+    @property
+    def batch_bytes(self) -> int:
+        """How much the device likes to be given at once."""
+        return self.computed_by.batch_bytes
+
+    def __call__(self, batch: list[Prepared]) -> list[Found]:
+        """Return what is in each map of a batch of one grid and dtype.
+
+        Raises
+        ------
+        DeviceLostError
+            If the device no longer answers.
+        """
+        first = batch[0]
+        request = _Request(
+            first.source.name,
+            first.source.affine,
+            (len(batch), *first.volume.shape),
+            first.volume.dtype.str,
+        )
+        try:
+            if hasattr(os, "memfd_create"):
+                self._share(request, batch)
+            else:
+                self._connection.send(replace(request, volumes=stacked(batch)))
+        except OSError as error:
+            raise DeviceLostError(_ENDED) from error
+        found: list[Found] = self._answer()
+        return found
+
+    def _share(self, request: _Request, batch: list[Prepared]) -> None:
+        """Send `request`, its volumes through memory without a name: nobody has to remove it."""
+        n_bytes = len(batch) * batch[0].volume.nbytes
+        memory = None
+        if self._shared is None or len(self._shared) < n_bytes:
+            memory = os.memfd_create("gpuroi")
+            os.ftruncate(memory, n_bytes)
+            self._shared = mmap.mmap(memory, n_bytes)
+        try:
+            volumes = np.ndarray(request.shape, request.dtype, self._shared)
+            for volume, prepared in zip(volumes, batch, strict=True):
+                volume[...] = prepared.volume
+            self._connection.send(replace(request, new_bytes=n_bytes if memory else 0))
+            if memory is not None:
+                send_handle(self._connection, memory, None)
+        finally:
+            if memory is not None:
+                os.close(memory)
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise DeviceLostError(_ENDED) from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@dataclass
+class _Client:
+    """A process that decodes, as the consumer sees it."""
+
+    connection: Connection
+    shared: mmap.mmap | None = None
+
+    def host(self, request: _Request) -> NDArray[Any]:
+        """Return the volumes of `request`, in the memory of the process that asks."""
+        if request.volumes is not None:
+            return request.volumes
+        if request.new_bytes:
+            memory = recv_handle(self.connection)
+            self.shared = mmap.mmap(memory, request.new_bytes)
+            os.close(memory)
+        assert self.shared is not None
+        return np.ndarray(request.shape, request.dtype, self.shared)
+
+    def answer(self, what: Any) -> None:
+        with contextlib.suppress(OSError):  # it has died; the next wait finds out
+            self.connection.send(what)
+
+
+@dataclass
+class _Waiting:
+    client: _Client
+    source: io.Map
+    upload: Upload
+
+
+class _Consumption:
+    """The state of a consumer: who is connected, and what is on its way to the device."""
+
+    def __init__(self, control: Connection, backend: str, recipe: Recipe) -> None:
+        self._control = control
+        self._backend = backend
+        self._recipe = recipe
+        self._clients: dict[Any, _Client] = {}
+        self._waiting: deque[_Waiting] = deque()
+
+    @cached_property
+    def _finder(self) -> Finder:
+        return Finder(self._recipe, get_backend(self._backend))
+
+    def serve(self) -> None:
+        """Answer until the run closes its end."""
+        while True:
+            for ready in wait([self._control, *self._clients], 0 if self._waiting else None):
+                if ready is self._control:
+                    try:
+                        connection = self._control.recv()
+                    except (EOFError, OSError):
+                        return
+                    self._clients[connection] = _Client(connection)
+                    self._control.send("connected")
+                elif len(self._waiting) < _MOST_ON_DEVICE:
+                    self._take(self._clients[ready])
+            if self._waiting:
+                self._answer_first()
+
+    def _take(self, client: _Client) -> None:
+        """Say what the device is, or begin to copy a batch to it."""
+        try:
+            request = client.connection.recv()
+        except (EOFError, OSError):
+            del self._clients[client.connection]
+            return
+        try:
+            if request is None:
+                client.answer(self._device())
+                return
+            host = client.host(request)
+            # No voxels: the finder keeps the grid that its masks are on.
+            nothing = np.broadcast_to(np.zeros(1, request.dtype), request.shape[1:])
+            source = io.Map(request.name, nothing, request.affine, None)
+            self._waiting.append(_Waiting(client, source, self._finder.begin(host)))
+        except Exception as error:  # the process that asks knows whose failure it is
+            client.answer(error)
+
+    def _device(self) -> Device:
+        finder, backend = self._finder, self._finder.computed_by
+        return Device(backend.name, backend.device, backend.versions(), finder.batch_bytes)
+
+    def _answer_first(self) -> None:
+        first = self._waiting.popleft()
+        try:
+            found: Any = self._finder.find(first.upload, first.source)
+        except Exception as error:
+            found = error
+        first.client.answer(found)
+
+
+def _consume(
+    control: Connection, backend: str, environment: dict[str, str], recipe: Recipe
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run decides
+    os.environ.update(environment)
+    _Consumption(control, backend, recipe).serve()

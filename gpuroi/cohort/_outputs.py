@@ -1,0 +1,105 @@
+"""The files of a map: their names, and whether they are as they were written."""
+
+import errno
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpuroi import io
+from gpuroi.cohort._ledger import Record
+from gpuroi.errors import OutputError
+from gpuroi.result import Regions
+
+EXTENSIONS = (".nii.gz", ".tsv", ".json")
+_ENDING = "_desc-regions_dseg"
+_NAME = re.compile(rf"(?P<stem>.+?)(_vol-\d{{4,}})?{_ENDING}(\.nii\.gz|\.tsv|\.json)")
+
+#: What `gpuroi.io.atomic_writer` calls a file until it is whole.
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.tmp")
+
+# No other map would fare better.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def output_names(stem: str, n_volumes: int) -> Iterator[str]:
+    """Yield what comes before the extensions, volume by volume, below the output folder."""
+    for number in range(n_volumes):
+        volume = f"_vol-{number:04d}" if n_volumes > 1 else ""
+        yield f"{stem}{volume}{_ENDING}"
+
+
+def stem_of_output(name: str) -> str | None:
+    """Return the stem of the map that the output file `name` is of, None of other files."""
+    match = _NAME.fullmatch(name)
+    return match["stem"] if match else None
+
+
+def map_name(name: str) -> str:
+    """Return how a cohort's table calls the map whose outputs are called `name`."""
+    return name.removesuffix(_ENDING)
+
+
+class Written:
+    """Writes the files of a map, and sums them up."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._paths: list[Path] = []
+        self.n_bytes = 0
+        self.crc = 0
+
+    def add(self, name: str, regions: Regions) -> None:
+        """Write the files of one volume, each whole or not at all.
+
+        Raises
+        ------
+        OutputError
+            If the disk is full or read-only.
+        OSError
+            If one of the files cannot be written.
+        """
+        contents = dict(regions.files().values())
+        for extension in EXTENSIONS:
+            path = self._folder / f"{name}{extension}"
+            try:
+                _write(contents[extension], path)
+            except OSError as error:
+                if error.errno in _OF_THE_DISK:
+                    raise OutputError(
+                        f"{self._folder} cannot be written to: {error.strerror}."
+                    ) from error
+                raise
+            self._paths.append(path)
+            self.take(contents[extension])
+
+    def undo(self) -> None:
+        """Remove the files: a map has all of them, or none."""
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+
+    def take(self, content: bytes) -> None:
+        """Sum up one file more."""
+        self.n_bytes += len(content)
+        self.crc = zlib.crc32(content, self.crc)
+
+
+def _write(content: bytes, path: Path) -> None:
+    # The ledger tells what a power cut has emptied: no need to wait for the disk.
+    try:
+        io.write_bytes(content, path, sync=False)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        io.write_bytes(content, path, sync=False)
+
+
+def is_whole(folder: Path, record: Record) -> bool:
+    """Return whether all files of a map are there as they were written."""
+    found = Written(folder)
+    try:
+        for name in output_names(record.stem, record.n_volumes):
+            for extension in EXTENSIONS:
+                found.take((folder / f"{name}{extension}").read_bytes())
+    except OSError:
+        return False
+    return (found.n_bytes, found.crc) == (record.output_bytes, record.output_crc)

@@ -1,0 +1,198 @@
+"""Processes of this machine that work on a unit at a time, and may die.
+
+A pool of the standard library breaks as a whole when one of its processes is killed, as the system
+does when memory runs out. Here each process has a pipe of its own, so that its death costs what it
+was working on, and nothing else.
+"""
+
+import contextlib
+import multiprocessing
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
+from types import TracebackType
+from typing import Any
+
+from gpuroi.cohort._engines import Engine, Job, Outcome, Task, WorkerDiedError
+
+# Units that a process is given before it has ended the first: hides the way there and back.
+_AHEAD = 8
+
+# A process that dies before it can begin would die again.
+_MOST_EARLY_DEATHS = 3
+
+
+@dataclass
+class _Worker:
+    process: Any
+    connection: Connection
+    assigned: deque[tuple[Any, ...]] = field(default_factory=deque)
+    is_ready: bool = False
+
+
+class Processes(Engine):
+    """Runs tasks in processes, started when there is something to do, and again if they die.
+
+    Parameters
+    ----------
+    n_workers : int
+    make_tools : callable
+        Called in each process with `arguments` and what `connect` returned for it.
+    arguments : tuple
+    connect : callable, optional
+        Called before each start of a process.
+    """
+
+    def __init__(
+        self,
+        n_workers: int,
+        make_tools: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        connect: Callable[[], Any] | None = None,
+    ) -> None:
+        self._n_workers = n_workers
+        self._make_tools = make_tools
+        self._arguments = arguments
+        self._connect = connect
+        self._context = start_context()
+        self._workers: list[_Worker] = []
+        self._n_early_deaths = 0
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for worker in self._workers:
+            worker.connection.close()  # which ends the process once its unit is done
+            if worker.assigned:
+                worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join()
+        self._workers.clear()
+
+    def run(
+        self, task: Task[Job, Outcome], units: Iterable[tuple[Job, ...]]
+    ) -> Iterator[tuple[tuple[Job, ...], Sequence[Outcome] | WorkerDiedError]]:
+        """Yield each of `units` with what became of it, in the order in which they end."""
+        pending = _Pending(units)
+        while pending or any(worker.assigned for worker in self._workers):
+            self._hand_out(task, pending)
+            busy = {worker.connection: worker for worker in self._workers if worker.assigned}
+            for ready in wait(list(busy)):
+                worker = busy[ready]  # type: ignore[index]
+                try:
+                    message = worker.connection.recv()
+                except (EOFError, OSError):
+                    self._workers.remove(worker)
+                    death = self._death_of(worker)
+                    if worker.is_ready and worker.assigned:
+                        yield worker.assigned.popleft(), death
+                    pending.put_back(worker.assigned)
+                    continue
+                if not worker.is_ready:
+                    worker.is_ready = True
+                elif isinstance(message, Exception):
+                    raise message
+                else:
+                    yield worker.assigned.popleft(), message
+
+    def _hand_out(self, task: Task[Any, Any], pending: "_Pending") -> None:
+        """Give every process something to do, evenly where little is left, and start them."""
+        while len(self._workers) < self._n_workers and (
+            len(self._workers) < len(pending.look_ahead(self._n_workers))
+        ):
+            self._workers.append(self._start())
+        # A process is given more when it has half of its units left: no wait, few messages; and
+        # less and less towards the end, so that all end together.
+        n_left = len(pending.look_ahead(2 * self._n_workers * _AHEAD))
+        share = max(1, n_left // (2 * self._n_workers))
+        for worker in self._workers:
+            if len(worker.assigned) <= _AHEAD // 2 and pending:
+                units = pending.take(min(share, _AHEAD - len(worker.assigned)))
+                worker.assigned.extend(units)
+                with contextlib.suppress(OSError):  # it has died; the next wait finds out
+                    worker.connection.send((task, units))
+
+    def _start(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        extra = () if self._connect is None else (self._connect(),)
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=_serve, args=(theirs, self._make_tools, (*self._arguments, *extra)), daemon=True
+        )
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    def _death_of(self, worker: _Worker) -> WorkerDiedError:
+        ending = how_it_ended(worker.process)
+        if worker.is_ready:
+            return WorkerDiedError(f"the process that worked on it ended ({ending}).")
+        self._n_early_deaths += 1
+        if self._n_early_deaths > _MOST_EARLY_DEATHS:
+            raise WorkerDiedError(f"worker processes end before they begin ({ending}).")
+        return WorkerDiedError("it had not begun.")
+
+
+class _Pending:
+    """Units to hand out, taken from an iterable as they are needed."""
+
+    def __init__(self, units: Iterable[tuple[Any, ...]]) -> None:
+        self._rest = iter(units)
+        self._next: deque[tuple[Any, ...]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self.look_ahead(1))
+
+    def look_ahead(self, n: int) -> Sequence[tuple[Any, ...]]:
+        self._next.extend(islice(self._rest, max(0, n - len(self._next))))
+        return self._next
+
+    def take(self, n: int) -> list[tuple[Any, ...]]:
+        self.look_ahead(n)
+        return [self._next.popleft() for _ in range(min(n, len(self._next)))]
+
+    def put_back(self, units: deque[tuple[Any, ...]]) -> None:
+        self._next.extendleft(reversed(units))
+
+
+def start_context() -> BaseContext:
+    """Return how processes are started: never by a fork of one that may have threads."""
+    method = "forkserver" if sys.platform != "win32" else "spawn"
+    return multiprocessing.get_context(method)
+
+
+def how_it_ended(process: Any) -> str:
+    """Return the signal or the exit code that ended `process`."""
+    process.join(5)
+    code = process.exitcode
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"{name}, perhaps for want of memory" if name == "SIGKILL" else name
+    return f"exit code {code}"
+
+
+def _serve(
+    connection: Connection, make_tools: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    with contextlib.suppress(EOFError, OSError):  # the parent has gone
+        tools = make_tools(*arguments)
+        connection.send("ready")
+        while True:
+            task, units = connection.recv()
+            for unit in units:
+                connection.send(_outcomes(task, tools, unit))
+
+
+def _outcomes(task: Task[Any, Any], tools: Any, unit: tuple[Any, ...]) -> Any:
+    try:
+        return task(tools, unit)
+    except Exception as error:
+        return error
