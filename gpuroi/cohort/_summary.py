@@ -96,7 +96,9 @@ def _write_table(path: Path, sums: Iterable[Sum], overlap: Overlap) -> None:
 
 def _failures(failures: list[Record]) -> str:
     stream = text_io.StringIO()
-    rows = ([getattr(record, name) for name in _FAILURE] for record in failures)
+    rows = (  # a row is a line, however many the message has
+        [" ".join(str(getattr(record, name)).split()) for name in _FAILURE] for record in failures
+    )
     csv.writer(stream, delimiter="\t", lineterminator="\n").writerows([_FAILURE, *rows])
     return stream.getvalue()
 

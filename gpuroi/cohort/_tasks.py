@@ -21,7 +21,7 @@ from gpuroi.cohort._consumer import RemoteFinder
 from gpuroi.cohort._discover import MapFile
 from gpuroi.cohort._ledger import Record
 from gpuroi.cohort._outputs import Written, is_whole, map_name, output_names
-from gpuroi.errors import DeviceLostError, InvalidMapError
+from gpuroi.errors import DeviceLostError, InvalidMapError, warn
 from gpuroi.overlap import Overlap
 from gpuroi.pipeline import ComputedBy, Finder, Found, Prepared, finish, in_batches, prepare
 from gpuroi.recipe import Recipe
@@ -79,6 +79,7 @@ class Tools:
                     f"the device failed: {error} What is done is kept; run again to go on, or say "
                     "that the CPU is to take its place (on_gpu_error='cpu')."
                 ) from error
+            warn(f"the device failed: {error} The CPU goes on in its place.")
         self._finder = self._local("cpu")
         yield from self.find(volumes[done:])
 
@@ -136,9 +137,13 @@ def _open(one: MapFile) -> _Opened:
 
 def _find(tools: Tools, opened: list[_Opened]) -> None:
     """Find the regions of several maps together: a device likes large batches."""
-    found = tools.find([volume for one in opened for volume in one.volumes])
-    for one in opened:
-        one.found = list(islice(found, len(one.volumes)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        found = tools.find([volume for one in opened for volume in one.volumes])
+        for one in opened:
+            one.found = list(islice(found, len(one.volumes)))
+    if opened:
+        opened[0].warnings += [str(warning.message) for warning in caught]
 
 
 def _write(tools: Tools, opened: _Opened) -> Record:
