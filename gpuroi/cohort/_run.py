@@ -55,6 +55,7 @@ class CohortReport:
 
     folder: Path
     maps: tuple[MapFile, ...]  # in the order of the inputs
+    records: tuple[Record, ...]  # what became of each of them, in this run or an earlier one
     n_done: int  # in this run
     n_skipped: int  # done by an earlier one
     failures: tuple[Record, ...]
@@ -170,6 +171,7 @@ def extract_cohort(
                 run = _Run(job, engine, on_progress or (lambda progress: None))
                 todo = run.to_do(maps, ledger, retry_failed)
                 run.work_on(todo, unit_size, ledger)
+                records_of_maps = tuple(ledger.records[one.source] for one in maps)
                 with ledger.last_of_shards() as is_last:
                     summary = {}
                     if is_last:
@@ -178,7 +180,13 @@ def extract_cohort(
         finally:
             _remove_temporaries(folder, maps)  # of processes that have died
     return CohortReport(
-        folder, tuple(maps), run.n_done, run.n_skipped, tuple(run.failures), summary
+        folder,
+        tuple(maps),
+        records_of_maps,
+        run.n_done,
+        run.n_skipped,
+        tuple(run.failures),
+        summary,
     )
 
 
