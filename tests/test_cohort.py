@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 import gpuroi
+from gpuroi import io
 from gpuroi.cohort import extract_cohort, find_maps
 from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._engines import WorkerDiedError, each_outcome
@@ -276,11 +277,128 @@ class TestFailures:
         assert (again.n_done, again.n_skipped) == (0, 6)
         assert len(set(pd.read_csv(again.summary["regions"], sep="\t")["map"])) == 12
 
+    def test_a_file_replaced_while_it_is_read(self, cohort, tmp_path, blobs, monkeypatch):
+        path = sorted(cohort.rglob("*.nii.gz"))[0]
+
+        def read_and_replace(source):
+            volumes = read_maps(source)
+            nib.save(image(blobs((12, 13, 14), seed=99)), tmp_path / "new.nii.gz")
+            (tmp_path / "new.nii.gz").replace(path)
+            return volumes
+
+        read_maps = io.read_maps
+        monkeypatch.setattr(io, "read_maps", read_and_replace)
+        report = extract_cohort(path, tmp_path / "out", RECIPE)
+        (failure,) = report.failures
+        assert "was changed while it was read" in failure.message
+        assert set(contents(tmp_path / "out")) == {"dataset_description.json", "failures.tsv"}
+        monkeypatch.undo()
+        report = extract_cohort(path, tmp_path / "out", RECIPE)  # as it is now
+        assert (report.n_done, report.failures) == (1, ())
+        assert "failures.tsv" not in contents(tmp_path / "out")
+
+    def test_damage_is_caught_or_harmless(self, tmp_path, blobs):
+        """A flipped byte may be in a field of gzip's header that says nothing of the data."""
+        (whole,) = save_maps(tmp_path / "whole", ["m.nii.gz"], blobs)
+        content = whole.read_bytes()
+        rng = np.random.default_rng(0)
+        (tmp_path / "in").mkdir()
+        for number, place in enumerate([*range(10), *rng.integers(0, len(content), 290)]):
+            flipped = bytearray(content)
+            flipped[place] ^= rng.integers(1, 256)
+            (tmp_path / "in" / f"flip-{number:03d}.nii.gz").write_bytes(flipped)
+        for number, length in enumerate(rng.integers(0, len(content), 100)):
+            (tmp_path / "in" / f"cut-{number:03d}.nii.gz").write_bytes(content[:length])
+        extract_cohort(whole, tmp_path / "expected", RECIPE)
+        out = tmp_path / "out"
+        report = extract_cohort(tmp_path / "in", out, RECIPE, jobs=2)
+        assert report.n_done + len(report.failures) == 400
+        assert {failure.error for failure in report.failures} == {"InvalidMapError"}
+        done = {one.stem for one in report.maps} - {one.stem for one in report.failures}
+        assert not any(stem.startswith("cut") for stem in done)
+        assert {f"flip-{place:03d}" for place in range(4, 9)} <= done  # time, level
+        assert len(done) < 20
+        for extension in (".nii.gz", ".tsv"):
+            ending = f"_desc-regions_dseg{extension}"
+            expected = (tmp_path / "expected" / f"m{ending}").read_bytes()
+            assert {(out / f"{stem}{ending}").read_bytes() for stem in done} == {expected}
+            assert len(list(out.glob(f"*{ending}"))) == len(done)
+
+    def test_a_map_has_all_its_files_or_none(self, tmp_path, blobs):
+        (path,) = save_maps(tmp_path / "in", ["m.nii.gz"], blobs)
+        in_the_way = tmp_path / "out" / "m_desc-regions_dseg.json"
+        in_the_way.mkdir(parents=True)
+        report = extract_cohort(path, tmp_path / "out", RECIPE)
+        assert report.failures[0].error == "IsADirectoryError"
+        assert set(contents(tmp_path / "out")) == {"dataset_description.json", "failures.tsv"}
+
+    @pytest.mark.skipif(not shutil.which("unshare"), reason="no unshare to mount a disk with")
+    def test_a_full_or_read_only_disk(self, tmp_path, blobs):
+        save_maps(tmp_path / "in", [f"m{i:02d}.nii.gz" for i in range(40)], blobs)
+        extract_cohort(tmp_path / "in", tmp_path / "calm", RECIPE, jobs=2)
+        out = tmp_path / "out"
+        out.mkdir()
+        (tmp_path / "run.py").write_text(DISK_SCRIPT)
+        command = [sys.executable, tmp_path / "run.py", tmp_path / "in", out]
+        # A mount that nobody else sees, and that ends with the process.
+        run = subprocess.run(
+            ["unshare", "--map-root-user", "--mount", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "mount" in run.stderr or "unshare" in run.stderr:
+            pytest.skip(f"no disk can be mounted here: {run.stderr.strip()}")
+        assert run.returncode == 0, run.stderr
+        full, read_only, found = json.loads(run.stdout)
+        assert full["error"] == f"{out} cannot be written to: No space left on device. " + (
+            "Make room, and run again to go on."
+        )
+        assert 0 < full["n_whole"] < 40
+        assert (full["n_partial"], full["temporary"]) == (0, [])
+        assert full["rows"] >= full["n_whole"] + 1  # a row, too, for what did not fit
+        assert "Read-only file system" in read_only
+        assert found == contents(tmp_path / "calm")
+
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
     def test_a_folder_that_cannot_be_written_to(self, cohort, tmp_path):
         (tmp_path / "out").mkdir(mode=0o500)
         with pytest.raises(PermissionError):
             extract_cohort(cohort, tmp_path / "out", RECIPE)
+
+
+# Fills a small disk, makes it read-only, makes it larger; tells what is there after each.
+DISK_SCRIPT = """
+import json, subprocess, sys
+from collections import Counter
+from pathlib import Path
+from gpuroi.cohort import extract_cohort
+from tests.test_cohort import RECIPE, contents
+
+def mount(options):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", sys.argv[2]], check=True)
+
+def run():
+    try:
+        extract_cohort(sys.argv[1], out, RECIPE, jobs=2, backend="cpu")
+    except OSError as error:
+        return str(error)
+
+if __name__ == "__main__":
+    out = Path(sys.argv[2])
+    mount("size=300k")
+    full = {"error": run()}
+    files = Counter(path.name.split("_")[0] for path in out.glob("m*"))
+    full["n_whole"] = sum(n == 3 for n in files.values())
+    full["n_partial"] = sum(n != 3 for n in files.values())
+    full["temporary"] = [path.name for path in out.rglob("*.tmp")]
+    full["rows"] = len((out / ".gpuroi" / "ledger.jsonl").read_text().splitlines())
+    mount("remount,ro")
+    read_only = run()
+    mount("remount,rw,size=10m")
+    run()
+    print(json.dumps([full, read_only, contents(out)]))
+"""
 
 
 class _Deadly:
