@@ -1,5 +1,6 @@
 """Maps and masks in, labels and tables out: the only place that reads and writes image files."""
 
+import hashlib
 import io
 import math
 import os
@@ -8,15 +9,17 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
+from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
@@ -27,6 +30,7 @@ from gpuroi.types import ImageLike
 _GZIP_MAGIC = b"\x1f\x8b"
 # Any, because isal's stubs call its exception class an instance. OSError is gzip's BadGzipFile.
 _GZIP_ERRORS: Any = (isal_zlib.error, EOFError, OSError)
+_GzipReader: Any = isal_zlib._GzipReader  # Any, because its stubs know nothing of bytes
 _NIFTI_CLASSES = (nib.Nifti1Image, nib.Nifti2Image)
 _NIFTI_PAIRS = (nib.Nifti1Pair, nib.Nifti2Pair)  # .hdr and .img
 _HEADER_ERRORS = (
@@ -38,6 +42,8 @@ _HEADER_ERRORS = (
     OverflowError,
 )
 _VOXEL_ERRORS = (OSError, ValueError, EOFError, zlib.error)
+_GZIP_LENGTH_BYTES = 4
+_SINGLE_TINY, _SINGLE_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Map:
     data: NDArray[np.generic]  # (X, Y, Z)
     affine: NDArray[np.float64]  # voxel to mm
     header: Any
+    sha256: str | None = None  # of its file as it is on disk, the .img of a pair; None in memory
 
     @cached_property
     def voxel_volume_mm3(self) -> float:
@@ -79,62 +86,100 @@ def load(source: ImageLike) -> SpatialImage:
     """
     if isinstance(source, SpatialImage):
         return source
+    path = _checked_path(source)
+    raw = _decompressed(path, _on_disk(path))
+    image_class = _single_file_class(path, raw)
+    if image_class is None:
+        return _other_format(path)
+    with _header_errors(path):
+        image = image_class.from_bytes(raw)
+    _check_length(path, image, len(raw))
+    # Not image.set_filename, which takes none of the extensions that nibabel does not know.
+    image.file_map["image"].filename = os.fspath(path)
+    return cast(SpatialImage, image)
+
+
+def _checked_path(source: Any) -> Path:
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
             f"a {type(source).__name__} is not an image; pass a path or a nibabel image."
         )
-    path = Path(source).expanduser()
-    raw = _read_whole(path)
-    for image_class in _NIFTI_CLASSES:
-        if image_class.header_class.may_contain_header(raw[:1024]) and _is_single_file(raw):
-            return _nifti_from_bytes(path, image_class, raw)
-    if path.name.lower().endswith((".nii", ".nii.gz")):
-        raise InvalidMapError(
-            f"{path}: expected a NIfTI header at its start, found {raw[:4].hex(' ')}; the file is "
-            "no NIfTI image or its header is damaged."
-        )
-    return _other_format(path)
+    return Path(source).expanduser()
 
 
-def _read_whole(path: Path) -> bytes:
-    """Return the bytes of a file, decompressed and checked where they are gzip's."""
+def _on_disk(path: Path) -> bytes:
+    """Return the bytes of a file."""
     if not path.exists():
         raise InvalidMapError(f"{path}: no such file.")
     if not path.is_file():
         found = "a folder" if path.is_dir() else "a pipe or a device"
         raise InvalidMapError(f"{path}: expected an image file, found {found}.")
-    raw = path.read_bytes()
-    if not raw:
+    on_disk = path.read_bytes()
+    if not on_disk:
         raise InvalidMapError(f"{path}: expected an image, found an empty file.")
-    return _decompress(path, raw) if raw[:2] == _GZIP_MAGIC else raw
+    return on_disk
 
 
-def _decompress(path: Path, compressed: bytes) -> bytes:
+def _decompressed(path: Path, on_disk: bytes) -> bytes:
+    """Return what was on disk, decompressed and checked if it is gzip's."""
+    if on_disk[:2] != _GZIP_MAGIC:
+        return on_disk
+    # `igzip.decompress` reads by `readall`, whose buffer grows: a third slower than one of the
+    # length that the trailer tells. The reader itself has no more than ten times what is on disk.
+    announced = int.from_bytes(on_disk[-_GZIP_LENGTH_BYTES:], "little")
+    n_wanted = max(announced, len(on_disk))
     try:
-        return bytes(igzip.decompress(compressed))
+        reader = _GzipReader(on_disk)
+        parts = list(iter(lambda: reader.read(n_wanted), b""))
     except _GZIP_ERRORS as error:
         raise InvalidMapError(
             f"{path}: expected a whole gzip stream, found one that is damaged, cut short or "
             f"followed by other bytes ({error}); fetch or write it again."
         ) from error
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _is_single_file(raw: bytes) -> bool:
-    # A .hdr of a pair carries "ni1"; its data are in an .img beside it.
-    return raw[344:347] == b"n+1" or raw[4:7] == b"n+2"
+def _single_file_class(path: Path, raw: bytes) -> Any:
+    """Return the class of a NIfTI image in one file, None for a pair or another format."""
+    for image_class in _NIFTI_CLASSES:
+        # A .hdr of a pair carries "ni1"; its data are in an .img beside it.
+        is_single = raw[344:347] == b"n+1" or raw[4:7] == b"n+2"
+        if is_single and image_class.header_class.may_contain_header(raw[:1024]):
+            return image_class
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        raise InvalidMapError(
+            f"{path}: expected a NIfTI header at its start, found {raw[:4].hex(' ')}; the file is "
+            "no NIfTI image or its header is damaged."
+        )
+    return None
 
 
-def _nifti_from_bytes(path: Path, image_class: Any, raw: bytes) -> SpatialImage:
+@contextmanager
+def _header_errors(path: Path) -> Iterator[None]:
     try:
-        image = image_class.from_bytes(raw)
+        yield
     except _HEADER_ERRORS as error:
         raise InvalidMapError(
             f"{path}: expected a valid NIfTI header, found a damaged one ({error})."
         ) from error
-    _check_length(path, image, len(raw))
-    # Not image.set_filename, which takes none of the extensions that nibabel does not know.
-    image.file_map["image"].filename = os.fspath(path)
-    return cast(SpatialImage, image)
+
+
+def _shared_header(path: Path, image_class: Any, raw: bytes) -> Any:
+    """Return an image that has the header, affine and scaling of `raw`, but no voxels.
+
+    Files with the same header share it: it is only to be read.
+    """
+    n_bytes = image_class.header_class.sizeof_hdr
+    has_extensions = raw[n_bytes : n_bytes + 1] != b"\0"
+    with _header_errors(path):
+        if has_extensions:
+            return image_class.from_bytes(raw)
+        return _parsed_header(image_class, raw[: n_bytes + 4])
+
+
+@lru_cache(maxsize=16)
+def _parsed_header(image_class: Any, header: bytes) -> Any:
+    return image_class.from_bytes(header)
 
 
 def _other_format(path: Path) -> SpatialImage:
@@ -150,7 +195,8 @@ def _other_format(path: Path) -> SpatialImage:
         raise InvalidMapError(f"{path}: expected a volume, found a {type(image).__name__}.")
     kinds = [kind for kind in ("header", "image") if kind in image.file_map]
     paths = [Path(cast(str, image.file_map[kind].filename)) for kind in kinds]
-    n_bytes = [len(_read_whole(part)) for part in paths]  # a damaged gzip stream ends here
+    # A damaged gzip stream ends here.
+    n_bytes = [len(_decompressed(part, _on_disk(part))) for part in paths]
     if type(image) in _NIFTI_PAIRS:
         _check_length(paths[-1], image, n_bytes[-1])
     return image
@@ -178,16 +224,26 @@ def real_voxels(image: SpatialImage, name: str) -> NDArray[Any]:
     InvalidMapError
         If they cannot be read, or are complex or RGB.
     """
-    try:
+    with _voxel_errors(name):
         data = np.asanyarray(image.dataobj)
+    _check_real(data.dtype, name)
+    return data
+
+
+@contextmanager
+def _voxel_errors(name: str) -> Iterator[None]:
+    try:
+        yield
     except _VOXEL_ERRORS as error:
         raise InvalidMapError(f"{name}: its voxels cannot be read ({error}).") from error
-    if data.dtype.kind not in "fiub":
-        kind = {"V": "RGB", "c": "complex"}.get(data.dtype.kind, "no numbers")
+
+
+def _check_real(dtype: np.dtype[Any], name: str) -> None:
+    if dtype.kind not in "fiub":
+        kind = {"V": "RGB", "c": "complex"}.get(dtype.kind, "no numbers")
         raise InvalidMapError(
-            f"{name}: its voxels are {kind} ({data.dtype}); expected one real number a voxel."
+            f"{name}: its voxels are {kind} ({dtype}); expected one real number a voxel."
         )
-    return data
 
 
 def read_data(image: SpatialImage, name: str) -> NDArray[Any]:
@@ -198,7 +254,10 @@ def read_data(image: SpatialImage, name: str) -> NDArray[Any]:
     InvalidMapError
         As `real_voxels`, and if there are fewer than 3 or more than 4 axes.
     """
-    data = real_voxels(image, name)
+    return _map_or_series(real_voxels(image, name), name)
+
+
+def _map_or_series(data: NDArray[Any], name: str) -> NDArray[Any]:
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     if data.ndim not in (3, 4):
@@ -209,17 +268,84 @@ def read_data(image: SpatialImage, name: str) -> NDArray[Any]:
 
 
 def read_maps(source: ImageLike) -> list[Map]:
-    """Return the volumes of a 3-D or 4-D image as 3-D maps, named ``name`` or ``name[volume]``."""
+    """Return the volumes of a 3-D or 4-D image as 3-D maps, named ``name`` or ``name[volume]``.
+
+    Integers of up to 16 bits with a slope or an intercept become float32, off by less than a
+    fiftieth of a step between them; nibabel makes them float64, in twice the time and memory.
+    Where float32 cannot tell the steps apart, and for all other types, voxels are nibabel's.
+    They may be read-only.
+
+    Raises
+    ------
+    InvalidMapError
+        As `load` and `read_data`, and if the affine is singular or not finite.
+    """
     name = describe(source)
-    image = load(source)
-    data = read_data(image, name)
-    affine = check_affine(image.affine, name)
+    if isinstance(source, SpatialImage):
+        return _maps(name, _map_voxels(source, name), source.affine, source.header, None)
+    path = _checked_path(source)
+    on_disk = _on_disk(path)
+    raw = _decompressed(path, on_disk)
+    image_class = _single_file_class(path, raw)
+    if image_class is None:
+        image = _other_format(path)
+        data = _map_voxels(image, name)
+        on_disk = _on_disk(Path(cast(str, image.file_map["image"].filename)))
+        return _maps(name, data, image.affine, image.header, _sha256(on_disk))
+    shared = _shared_header(path, image_class, raw)
+    _check_length(path, shared, len(raw))
+    proxy = shared.dataobj
+    _check_real(proxy.dtype, name)
+    stored = np.frombuffer(raw, proxy.dtype, offset=proxy.offset).reshape(proxy.shape, order="F")
+    data = _scaled(stored, proxy.slope, proxy.inter)
+    return _maps(name, data, shared.affine.copy(), shared.header.copy(), _sha256(on_disk))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _maps(
+    name: str, data: NDArray[Any], affine: NDArray[np.float64], header: Any, sha256: str | None
+) -> list[Map]:
+    data = _map_or_series(data, name)
+    check_affine(affine, name)
     if data.ndim == 3:
-        return [Map(name, data, affine, image.header)]
+        return [Map(name, data, affine, header, sha256)]
     return [
-        Map(f"{name}[{volume}]", data[..., volume], affine, image.header)
+        Map(f"{name}[{volume}]", data[..., volume], affine, header, sha256)
         for volume in range(data.shape[-1])
     ]
+
+
+def _map_voxels(image: SpatialImage, name: str) -> NDArray[Any]:
+    """Return the voxels of `image`, scaled as `read_maps` tells."""
+    proxy = image.dataobj
+    # Not of its subclasses, whose slopes may be arrays.
+    if type(proxy) is ArrayProxy and proxy.dtype.kind in "iu" and proxy.dtype.itemsize <= 2:
+        with _voxel_errors(name):
+            stored = proxy.get_unscaled()
+        return _scaled(stored, proxy.slope, proxy.inter)
+    return real_voxels(image, name)
+
+
+def _scaled(stored: NDArray[Any], slope: float, inter: float) -> NDArray[Any]:
+    """Return ``stored * slope + inter`` as `read_maps` tells."""
+    is_narrow = stored.dtype.kind in "iu" and stored.dtype.itemsize <= 2
+    if (slope, inter) == (1, 0) or not is_narrow or not _single_holds_steps(slope, inter):
+        return apply_read_scaling(stored, slope, inter)
+    scaled = stored.astype(np.float32)
+    scaled *= np.float32(slope)
+    if inter != 0:
+        scaled += np.float32(inter)
+    return scaled
+
+
+def _single_holds_steps(slope: float, inter: float) -> bool:
+    """Return whether float32 tells 16-bit integers of this scaling apart, with bits to spare."""
+    step, most_steps = abs(slope), 2**16
+    is_normal = _SINGLE_TINY <= step <= _SINGLE_MAX / (2 * most_steps)
+    return is_normal and abs(inter) <= most_steps * step
 
 
 def labels_image(
@@ -236,6 +362,52 @@ def labels_image(
     new_header["descrip"] = b""
     new_header.extensions.clear()
     return image_class(labels, affine, new_header)
+
+
+def compressed_labels(
+    labels: NDArray[np.integer], affine: NDArray[np.float64], header: Any
+) -> bytes:
+    """Return ``compressed(labels_image(...))``, soonest for `labels` in Fortran's order.
+
+    The header is made by nibabel, once for all maps that have the same one.
+    """
+    nifti = header if isinstance(header, nib.Nifti1Header) else nifti_header(header)
+    header_class: Any = type(nifti)
+    label_header = _labels_header(
+        header_class,
+        nifti.endianness,
+        nifti.binaryblock,
+        affine.tobytes(),
+        labels.shape,
+        labels.dtype,
+    )
+    fields = label_header.structarr.copy()
+    fields["cal_max"] = labels.max(initial=0)
+    in_file_order = labels.astype(label_header.get_data_dtype(), copy=False).ravel(order="F")
+    no_extensions = bytes(4)
+    content = b"".join((fields.tobytes(), no_extensions, in_file_order.data))
+    return _gzipped(content)
+
+
+@lru_cache(maxsize=16)
+def _labels_header(
+    header_class: Any,
+    endianness: str,
+    block: bytes,
+    affine: bytes,
+    shape: tuple[int, ...],
+    dtype: np.dtype[np.integer],
+) -> Any:
+    """Return the header that nibabel writes in front of labels, but for their maximum."""
+    blank = labels_image(
+        np.broadcast_to(np.zeros((), dtype), shape),
+        np.frombuffer(affine).reshape(4, 4),
+        header_class(block, endianness, check=False),
+    )
+    header: Any = blank.header.copy()
+    header.set_slope_inter(1, 0)
+    header.write_to(io.BytesIO())  # this sets where the voxels begin
+    return header
 
 
 def nifti_header(header: Any, header_class: Any = nib.Nifti1Header) -> Any:
@@ -275,7 +447,11 @@ def compressed(image: nib.Nifti1Image) -> bytes:
     """Return the content of a ``.nii.gz`` file, the same bytes for the same image."""
     stream = io.BytesIO()
     image.to_stream(stream)
-    return igzip.compress(stream.getvalue(), compresslevel=2, mtime=0)
+    return _gzipped(stream.getvalue())
+
+
+def _gzipped(content: bytes) -> bytes:
+    return igzip.compress(content, compresslevel=2, mtime=0)
 
 
 def write_image(image: nib.Nifti1Image, path: Path) -> None:

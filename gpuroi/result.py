@@ -177,13 +177,13 @@ class Regions:
         """Return what `save` writes: the extension and the content of each kind of file."""
         from gpuroi import io
 
-        labels = self.voxels.labels().astype(io.smallest_label_dtype(len(self)))
+        # In the order of the file, and from the voxels: a volume in any other would be turned.
+        labels = np.zeros(self.voxels.shape, io.smallest_label_dtype(len(self)), order="F")
+        numbers = np.arange(1, len(self) + 1, dtype=labels.dtype)
+        labels[self.voxels.coordinates] = np.repeat(numbers, np.diff(self.voxels.starts))
         sidecar = dict(self.provenance) | {"columns": COLUMNS}
         return {
-            "labels": (
-                ".nii.gz",
-                io.compressed(io.labels_image(labels, self.affine, self.header)),
-            ),
+            "labels": (".nii.gz", io.compressed_labels(labels, self.affine, self.header)),
             "table": (".tsv", self._tsv().encode()),
             "provenance": (".json", (json.dumps(sidecar, indent=2) + "\n").encode()),
         }

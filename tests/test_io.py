@@ -1,11 +1,13 @@
 """Files in and out: what is read is what is there, and nothing damaged passes for it."""
 
 import gzip
+import hashlib
 import json
 import os
 import re
 import stat
 import struct
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -154,12 +156,30 @@ class TestFormats:
             gzip.compress(NII[:500]) + gzip.compress(NII[500:]),
             b"".join(gzip.compress(NII[start : start + 100]) for start in range(0, len(NII), 100)),
             GZ + gzip.compress(b""),
+            gzip.compress(NII[:500]) + gzip.compress(b"") + gzip.compress(NII[500:]),
+            gzip.compress(b"") + GZ,
             GZ + bytes(512),
         ],
-        ids=["two members", "twelve members", "an empty member", "padded with zeros"],
+        ids=[
+            "two members",
+            "twelve members",
+            "an empty member behind",
+            "an empty member between",
+            "an empty member before",
+            "padded with zeros",
+        ],
     )
     def test_gzip_files_of_many_members(self, write, content):
         assert_reads(write("map.nii.gz", content))
+
+    @pytest.mark.parametrize("pad", [b"", bytes(8)])
+    def test_a_gzip_file_of_almost_nothing(self, tmp_path, pad):
+        path, data = tmp_path / "map.nii.gz", np.zeros((70, 70, 70))
+        data[3, 4, 5] = 7
+        nib.Nifti1Image(data, AFFINE).to_filename(path)
+        path.write_bytes(path.read_bytes() + pad)
+        assert path.stat().st_size * 100 < data.nbytes
+        assert_reads(path, data)
 
     def test_extensions_of_the_header_are_no_garbage(self, write):
         image = nib.Nifti1Image(DATA, AFFINE)
@@ -185,6 +205,190 @@ class TestFormats:
     def test_what_is_no_image_is_a_type_error(self, source, name):
         with pytest.raises(TypeError, match=f"a {name} is not an image; pass a path or a nibabel"):
             io.load(source)
+
+
+class TestScaling:
+    """Against nibabel's float64."""
+
+    @staticmethod
+    def stored(dtype):
+        """Return every value of a type."""
+        limits = np.iinfo(dtype)
+        return np.arange(limits.min, limits.max + 1).astype(dtype).reshape(16, 16, -1)
+
+    @staticmethod
+    def saved(path, stored, slope, inter, image_class=nib.Nifti1Image, order="<"):
+        header = image_class.header_class(endianness=order)
+        header.set_data_dtype(stored.dtype.newbyteorder(order))
+        image = image_class(stored, AFFINE, header)
+        image.header.set_slope_inter(slope, inter)
+        image.to_filename(path)
+        return nib.load(path)
+
+    @pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image, nib.Nifti1Pair])
+    @pytest.mark.parametrize("order", "<>")
+    @pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2"])
+    @pytest.mark.parametrize(("slope", "inter"), [(0.1, 0), (-0.1, 0), (3e-5, 1.3), (1, -100)])
+    def test_narrow_integers_become_float32(
+        self, tmp_path, image_class, order, dtype, slope, inter
+    ):
+        stored = self.stored(dtype)
+        path = tmp_path / ("map.img" if image_class is nib.Nifti1Pair else "map.nii.gz")
+        image = self.saved(path, stored, slope, inter, image_class, order)
+        exact = np.asanyarray(image.dataobj)
+        (one,) = io.read_maps(path)
+        (in_memory,) = io.read_maps(image)
+        assert one.data.dtype == in_memory.data.dtype == np.float32
+        np.testing.assert_array_equal(one.data, in_memory.data)
+        # The slope (float64 in NIfTI-2) and the product are rounded, of which zero stays zero. With
+        # an intercept two more numbers of at most 2**17 steps are.
+        bound = 2**-23 * np.abs(exact) if inter == 0 else abs(slope) / 50
+        assert (np.abs(one.data - exact) <= bound).all()
+        assert (np.diff(np.sort(one.data, axis=None)) > 0).all(), "no two of them became one"
+        assert (one.data[exact == 0] == 0).all()
+
+    @pytest.mark.parametrize("fields", [{"scl_slope": np.nan}, {"scl_slope": 0}, {"scl_slope": 1}])
+    def test_without_a_slope_integers_stay_what_they_are(self, tmp_path, fields):
+        stored = np.arange(210, dtype=np.int16).reshape(SHAPE)
+        image = nib.Nifti1Image(stored, AFFINE)
+        content = bytearray(image.to_bytes())
+        header = nib.Nifti1Header(bytes(content[:348]), check=False)
+        header["scl_inter"] = 0 if fields["scl_slope"] == 1 else 7
+        header["scl_slope"] = fields["scl_slope"]
+        path = tmp_path / "map.nii"
+        path.write_bytes(header.binaryblock + bytes(content[348:]))
+        assert_reads(path, stored)
+        assert io.read_maps(path)[0].data.dtype == np.int16
+        assert io.read_maps(nib.load(path))[0].data.dtype == np.int16
+
+    @pytest.mark.parametrize(
+        ("dtype", "slope", "inter", "image_class"),
+        [
+            ("i4", 0.1, 0, nib.Nifti1Image),
+            ("f4", 0.1, 0, nib.Nifti1Image),
+            ("f4", 2, 1, nib.Nifti2Image),
+            ("i2", 0.1, 1e5, nib.Nifti1Image),
+            ("i2", 1e-39, 0, nib.Nifti1Image),
+            ("i2", 1e-60, 0, nib.Nifti2Image),
+            ("i2", 1e34, 0, nib.Nifti1Image),
+            ("i2", 1e60, 0, nib.Nifti2Image),
+        ],
+    )
+    def test_what_float32_does_not_hold_is_nibabels(
+        self, tmp_path, dtype, slope, inter, image_class
+    ):
+        path, stored = tmp_path / "map.nii", (DATA * 40).astype(dtype)
+        exact = np.asanyarray(self.saved(path, stored, slope, inter, image_class).dataobj)
+        (one,) = io.read_maps(path)
+        assert one.data.dtype == exact.dtype == np.float64
+        np.testing.assert_array_equal(one.data, exact)
+        np.testing.assert_array_equal(io.read_maps(nib.load(path))[0].data, exact)
+
+    def test_a_slope_of_analyze(self, tmp_path):
+        stored = (DATA * 40).astype(np.int16)
+        image = nib.Spm2AnalyzeImage(stored, np.diag([2.0, 3.0, 4.0, 1.0]))
+        image.header["scl_slope"] = 0.1
+        image.to_filename(tmp_path / "map.img")
+        exact = np.asanyarray(nib.load(tmp_path / "map.img").dataobj)
+        (one,) = io.read_maps(tmp_path / "map.img")
+        np.testing.assert_allclose(one.data, exact, rtol=2**-24)
+
+    def test_nilearns_door_has_nibabels_numbers(self, tmp_path):
+        image = self.saved(tmp_path / "map.nii", self.stored("i2"), 0.1, 0)
+        exact = np.asanyarray(image.dataobj)
+        data = io.read_data(io.load(tmp_path / "map.nii"), "map")
+        assert data.dtype == exact.dtype == np.float64
+        np.testing.assert_array_equal(data, exact)
+
+
+class TestSharedHeaders:
+    """Headers are parsed once for all files that have the same one."""
+
+    @pytest.fixture(params=["one.nii", "one.nii.gz"])
+    def paths(self, request, tmp_path):
+        paths = tmp_path / request.param, tmp_path / f"other-{request.param}"
+        for number, path in enumerate(paths):
+            nib.Nifti1Image(DATA + number, AFFINE).to_filename(path)
+        return paths
+
+    def test_voxels_are_each_files_own(self, paths):
+        for number, path in enumerate(paths):
+            assert_reads(path, DATA + np.float32(number))
+
+    def test_what_is_done_to_one_map_is_not_done_to_the_next(self, paths):
+        (one,) = io.read_maps(paths[0])
+        one.header["descrip"] = b"mine"
+        one.header.set_data_shape((1, 2, 3))
+        one.affine[:] = 0
+        assert_reads(paths[1], DATA + np.float32(1))
+        (other,) = io.read_maps(paths[1])
+        assert other.header == nib.load(paths[1]).header
+
+    def test_results_leave_the_header_alone(self, paths):
+        header = nib.load(paths[0]).header
+        regions = gpuroi.extract_regions(paths[0], "80%", backend="cpu")
+        regions.labels_img.header["descrip"] = b"labels"
+        regions.to_4d_img().header["descrip"] = b"stack"
+        regions.files()
+        assert regions.header == header
+        assert io.read_maps(paths[1])[0].header == header
+
+    @pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
+    @pytest.mark.parametrize("order", "<>")
+    @pytest.mark.parametrize("name", ["one.nii", "one.nii.gz"])
+    def test_another_header_is_another_map(self, tmp_path, image_class, order, name):
+        for number in range(1, 30):  # more than are remembered
+            path = tmp_path / f"{number}-{name}"
+            affine = np.diag([number, 3.0, 4.0, 1.0])
+            header = image_class.header_class(endianness=order)
+            header.set_data_dtype(np.dtype(order + "f4"))
+            image_class(DATA, affine, header).to_filename(path)
+            assert_reads(path, DATA, affine)
+            (one,), expected = io.read_maps(path), nib.load(path).header
+            assert type(one.header) is type(expected)
+            assert one.header == expected
+
+    def test_extensions_are_each_files_own(self, tmp_path):
+        for number in range(3):
+            image = nib.Nifti1Image(DATA, AFFINE)
+            comment = nib.nifti1.Nifti1Extension("comment", b"map %d" % number * 20)
+            image.header.extensions.extend([comment] * (number > 0))
+            image.to_filename(tmp_path / f"{number}.nii.gz")
+        for number in range(3):
+            (one,) = io.read_maps(tmp_path / f"{number}.nii.gz")
+            np.testing.assert_array_equal(one.data, DATA)
+            contents = [extension.get_content() for extension in one.header.extensions]
+            assert contents == [b"map %d" % number * 20] * (number > 0)
+
+    def test_a_place_of_the_voxels_that_is_no_multiple_of_their_size(self, write):
+        content = with_header(vox_offset=357)
+        path = write("map.nii", content[:352] + b"xxxxx" + content[352:])
+        assert_reads(path)
+
+    def test_the_same_header_before_data_of_another_length(self, paths):
+        io.read_maps(paths[0])
+        longer = paths[1].with_name("longer.nii")
+        longer.write_bytes(NII + b"x")
+        assert_refused(longer, BAD_LENGTH.format(352, 840, 1193, "trailing garbage"))
+
+
+class TestChecksums:
+    @pytest.mark.parametrize("name", ["map.nii", "map.nii.gz", "map.nii.bz2"])
+    def test_of_the_file_as_it_is_on_disk(self, tmp_path, name):
+        path = tmp_path / name
+        nib.Nifti1Image(np.stack([DATA, DATA], axis=3), AFFINE).to_filename(path)
+        expected = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert [one.sha256 for one in io.read_maps(path)] == [expected, expected]
+
+    @pytest.mark.parametrize("named", ["map.img", "map.hdr"])
+    def test_of_the_voxels_of_a_pair(self, tmp_path, named):
+        nib.Nifti1Pair(DATA, AFFINE).to_filename(tmp_path / "map.img")
+        expected = hashlib.sha256((tmp_path / "map.img").read_bytes()).hexdigest()
+        assert io.read_maps(tmp_path / named)[0].sha256 == expected
+
+    def test_an_image_has_none(self, write):
+        assert io.read_maps(nib.Nifti1Image(DATA, AFFINE))[0].sha256 is None
+        assert io.read_maps(nib.load(write("map.nii", NII)))[0].sha256 is None
 
 
 class TestShapes:
@@ -417,6 +621,14 @@ class TestDamage:
                 np.testing.assert_array_equal(one.affine, AFFINE)
         assert 280 < n_refused < 300
 
+    def test_a_length_that_cannot_be_is_not_allocated(self, write):
+        path = write("map.nii.gz", GZ[:-4] + b"\xff" * 4)
+        tracemalloc.start()
+        assert_refused(path, BAD_GZIP.format("Incorrect length of data produced"))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak_bytes < 2**23
+
     @pytest.mark.parametrize("named", [".hdr", ".img"])
     @pytest.mark.parametrize(
         ("damaged", "change", "message"),
@@ -466,9 +678,16 @@ class TestDamage:
     @pytest.mark.parametrize(
         "content", [GZ[:200], with_byte(GZ, 10, 0x06)], ids=["cut short", "damaged"]
     )
-    def test_of_an_image_that_nibabel_reads_later(self, write, content):
-        image = nib.load(write("map.nii.gz", GZ))
-        path = write("map.nii.gz", content)
+    @pytest.mark.parametrize("scaled", [False, True])
+    def test_of_an_image_that_nibabel_reads_later(self, write, content, scaled):
+        path = write("map.nii.gz", GZ)
+        if scaled:
+            header = nib.load(path).header
+            header.set_data_dtype(np.int16)
+            nib.Nifti1Image(DATA, AFFINE, header).to_filename(path)
+            content = path.read_bytes()[:200]
+        image = nib.load(path)
+        write("map.nii.gz", content)
         assert_refused(image, r"its voxels cannot be read \(.*\)\.", named=path)
 
 
@@ -628,6 +847,65 @@ class TestLabelsImage:
     def test_more_labels_than_fit(self):
         with pytest.raises(ValueError, match="2147483648 labels do not fit into 32 bits"):
             io.smallest_label_dtype(2**31)
+
+
+class TestCompressedLabels:
+    """Against what nibabel writes of `labels_image`."""
+
+    @staticmethod
+    def assert_same_file(labels, affine, header):
+        before = header.copy()
+        expected = io.labels_image(labels, affine, header).to_bytes()
+        in_file_order = np.asfortranarray(labels)
+        for order in (in_file_order, np.ascontiguousarray(labels)):
+            assert gzip.decompress(io.compressed_labels(order, affine, header)) == expected
+        assert header == before
+
+    @pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image, nib.Nifti1Pair])
+    @pytest.mark.parametrize("order", "<>")
+    @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32])
+    @pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 4), (1, 4)])
+    def test_are_nibabels_bytes(self, image_class, order, dtype, codes):
+        header = image_class.header_class(endianness=order)
+        qform_code, sform_code = codes
+        header.set_data_shape(SHAPE)
+        header.set_qform(np.diag([2.0, 3.0, 4.0, 1.0]) if qform_code else None, qform_code)
+        header.set_sform(AFFINE if sform_code else None, sform_code)
+        header.set_xyzt_units("mm", "sec")
+        header["descrip"] = b"t-map"
+        header["cal_max"], header["cal_min"] = 8, -8
+        header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"t-test"))
+        affine = header.get_best_affine()
+        for largest in (0, 3, np.iinfo(dtype).max):
+            labels = np.random.default_rng(0).integers(0, largest, SHAPE, dtype, endpoint=True)
+            self.assert_same_file(labels, affine, header)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 6, 1), (5, 6, 7)])
+    @pytest.mark.parametrize(
+        "affine", [AFFINE, np.diag([-2.0, 3.0, 4.0, 1.0]), np.diag([1e-4, 1e4, 1, 1])]
+    )
+    def test_of_an_affine_that_the_header_has_not(self, shape, affine):
+        header = nib.Nifti1Image(DATA, np.eye(4)).header
+        self.assert_same_file(np.ones(shape, np.uint8), affine, header)
+
+    @leaves_files_open
+    @pytest.mark.parametrize("image_class", [nib.MGHImage, nib.AnalyzeImage, nib.Spm2AnalyzeImage])
+    def test_of_a_map_in_another_format(self, tmp_path, image_class):
+        path = tmp_path / ("map.mgh" if image_class is nib.MGHImage else "map.img")
+        image_class(DATA, np.diag([2.0, 3.0, 4.0, 1.0])).to_filename(path)
+        (one,) = io.read_maps(path)
+        labels = np.arange(210, dtype=np.uint8).reshape(SHAPE)
+        self.assert_same_file(labels, one.affine, one.header)
+
+    @pytest.mark.parametrize("threshold", ["80%", 1e9], ids=["regions", "none"])
+    def test_are_what_is_saved(self, tmp_path, threshold):
+        regions = gpuroi.extract_regions(
+            nib.Nifti1Image(DATA, AFFINE), threshold, min_region_size=0, backend="cpu"
+        )
+        _, content = regions.files()["labels"]
+        assert (len(regions) == 0) == (threshold == 1e9)
+        labels = regions.labels.astype(np.uint8)
+        assert content == io.compressed(io.labels_image(labels, AFFINE, regions.header))
 
 
 class TestSave:
