@@ -19,8 +19,9 @@ from nilearn.regions import connected_regions as nilearn_connected_regions
 from scipy import ndimage, stats
 
 import gpuroi
-from benchmarks.cohort import Cohort
+from benchmarks.cohort import PROCESSES, Cohort
 from benchmarks.cohort import contenders as cohort_contenders
+from benchmarks.memory import peak_of_process, peak_of_processes
 from gpuroi.algorithms import dirichlet
 from gpuroi.algorithms.checkerboard import HAS_CHOLMOD
 from gpuroi.backends.cpu import CpuBackend, cc3d
@@ -46,7 +47,8 @@ class Comparison:
     contenders: dict[str, Callable[[], Any]]
     check: Callable[[dict[str, Any]], None]
     targets: dict[str, float] = field(default_factory=dict)  # speed-up that was promised
-    measure_memory: bool = False
+    memory_of: Callable[[Callable[[], Any]], int] | None = None
+    floor: tuple[str, float] | None = None  # a contender that does less, and how often its time
     repeats: int = 31
 
 
@@ -95,7 +97,7 @@ def many_regions() -> Comparison:
         "97%",
         0.0,
         (200, 200),
-        measure_memory=True,
+        memory_of=peak_of_process,
         repeats=3,
     )
 
@@ -265,7 +267,7 @@ def _one_mm(at_3mm: nib.Nifti1Image) -> Comparison:
         parameters={"shape": [182, 218, 182], "threshold": "97%", "min_region_size_mm3": 1500},
         contenders=contenders,
         check=lambda results: None,
-        measure_memory=True,
+        memory_of=peak_of_process,
         repeats=1,
     )
 
@@ -311,29 +313,52 @@ def _figures(grid: str, regions_img: nib.Nifti1Image) -> Comparison:
 
 
 def cohort(tiny: bool = False) -> Iterator[Comparison]:
-    """Time cohorts on disk with two processes each, writing included."""
-    promised = {
-        ("3 mm", "connected_components"): 6.0,
-        ("2 mm", "connected_components"): 12.0,
-        ("3 mm", "local_regions"): 5.0,
-        ("2 mm", "local_regions"): 7.0,
+    """Time cohorts on disk with two processes each, writing included; look at their memory."""
+    promised = {  # maps, times nilearn, times the floor
+        ("3 mm", "connected_components"): (2000, 6.0, 2.5),
+        ("2 mm", "connected_components"): (500, 12.0, 2.5),
+        ("3 mm", "local_regions"): (1000, 5.0, None),
+        ("2 mm", "local_regions"): (120, 7.0, None),
     }
     maps = sample_maps(tiny)
-    for (grid, method), target in promised.items():
+    for (grid, method), (n_maps, times_nilearn, times_floor) in promised.items():
         if grid not in maps:
             continue
-        n_maps = 3 if tiny else {"3 mm": 1000, "2 mm": 120}[grid]
         with tempfile.TemporaryDirectory() as folder:
-            files = Cohort(Path(folder), maps[grid], n_maps, method)
+            files = Cohort(Path(folder), maps[grid], 3 if tiny else n_maps, method)
             yield Comparison(
                 name=f"cohort, {grid}, {method}",
-                parameters={"n_maps": n_maps, "threshold": "97%", "min_region_size_mm3": 1500},
+                parameters={
+                    "n_maps": len(files.paths),
+                    "threshold": "97%",
+                    "min_region_size_mm3": 1500,
+                    "processes": PROCESSES,
+                },
                 contenders=cohort_contenders(files),
                 # The files are there: `Cohort.gpuroi` counts them. Other cases compare voxels.
                 check=lambda results: None,
-                targets={"gpuroi": target},
+                targets={"gpuroi": times_nilearn},
+                floor=times_floor and ("decoding alone, joblib", times_floor),
                 repeats=3,
             )
+    with tempfile.TemporaryDirectory() as folder:
+        yield cohort_memory(Path(folder), maps["3 mm"], (3, 6) if tiny else (100, 1000, 10_000))
+
+
+def cohort_memory(folder: Path, img: nib.Nifti1Image, sizes: tuple[int, ...]) -> Comparison:
+    """Return the case of cohorts that grow, and whose memory should not."""
+
+    def of(n_maps: int) -> Callable[[], Any]:
+        return Cohort(folder, img, n_maps, "connected_components").gpuroi
+
+    return Comparison(
+        name="cohort, memory, 3 mm",
+        parameters={"processes": PROCESSES},
+        contenders={f"gpuroi, {n_maps:,} maps": of(n_maps) for n_maps in sizes},
+        check=lambda results: None,
+        memory_of=peak_of_processes,
+        repeats=1,
+    )
 
 
 CASES: dict[str, Callable[[bool], Iterator[Comparison]]] = {

@@ -3,7 +3,7 @@
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,22 @@ class Cohort:
 
     def __init__(self, folder: Path, img: nib.Nifti1Image, n_maps: int, method: str) -> None:
         self._folder = folder
-        self.inputs = folder / "maps"
+        self.inputs = folder / f"{n_maps}-maps"
         self.inputs.mkdir()
         self._method = method
-        for number, content in zip(range(n_maps), _contents(img), strict=False):
-            (self.inputs / f"map-{number:05d}.nii.gz").write_bytes(content)
+        for number in range(n_maps):  # noise is slow to make: ten maps, again and again
+            path = self.inputs / f"map-{number:05d}.nii.gz"
+            if number < _DISTINCT:
+                path.write_bytes(_noisy(img, seed=number))
+            else:
+                path.hardlink_to(self.inputs / f"map-{number % _DISTINCT:05d}.nii.gz")
         self.paths = sorted(self.inputs.iterdir())
 
     def gpuroi(self) -> Path:
-        """Write labels, tables and sidecars; return the folder."""
+        """Write labels, tables and sidecars, the table of all maps and the overlap."""
         out = self._fresh("gpuroi")
         recipe = {"threshold": "97%", "min_region_size": 1500, "method": self._method}
-        report = extract_cohort(self.inputs, out, recipe, jobs=PROCESSES)
+        report = extract_cohort(self.inputs, out, recipe, jobs=PROCESSES, backend="cpu")
         assert report.n_done == len(self.paths)
         return out
 
@@ -57,17 +61,22 @@ class Cohort:
         return Path(tempfile.mkdtemp(prefix=name, dir=self._folder))
 
 
-def _contents(img: nib.Nifti1Image) -> Iterator[bytes]:
-    """Yield files of maps, a few of them again and again: noise is slow to make."""
-    rng = np.random.default_rng(0)
+def contenders(cohort: Cohort) -> dict[str, Callable[[], Any]]:
+    """Return the ways to work through `cohort`, the one to compare with first."""
+    return {
+        "nilearn, joblib": cohort.nilearn,
+        "gpuroi": cohort.gpuroi,
+        "decoding alone, joblib": cohort.floor,
+    }
+
+
+def _noisy(img: nib.Nifti1Image, seed: int) -> bytes:
+    """Return the content of a file: the map, scaled and with some noise where it is not zero."""
+    rng = np.random.default_rng(seed)
     data = np.asanyarray(img.dataobj)
-    made = []
-    for _ in range(_DISTINCT):
-        noise = rng.normal(0, 0.05, data.shape) * (data != 0)
-        scaled = (data * rng.uniform(0.8, 1.2) + noise).astype(np.float32)
-        made.append(igzip.compress(nib.Nifti1Image(scaled, img.affine).to_bytes(), 1))
-    while True:
-        yield from made
+    noise = rng.normal(0, 0.05, data.shape) * (data != 0)
+    changed = (data * rng.uniform(0.8, 1.2) + noise).astype(np.float32)
+    return igzip.compress(nib.Nifti1Image(changed, img.affine).to_bytes(), 1)
 
 
 def _nilearn(path: Path, out: Path, method: str) -> None:
@@ -82,8 +91,3 @@ def _nilearn(path: Path, out: Path, method: str) -> None:
 def _decode(path: Path) -> float:
     content = igzip.decompress(path.read_bytes())
     return float(np.abs(np.frombuffer(content, np.float32, offset=_NIFTI_HEADER)).max())
-
-
-def contenders(cohort: Cohort) -> dict[str, Callable[[], Any]]:
-    """Return the ways to work through `cohort`, the one to compare with first."""
-    return {"nilearn, joblib": cohort.nilearn, "gpuroi": cohort.gpuroi, "floor": cohort.floor}

@@ -4,7 +4,6 @@ python -m benchmarks.run --case components
 """
 
 import argparse
-import ctypes
 import gc
 import importlib.metadata
 import json
@@ -64,51 +63,45 @@ def time_alternately(
     return seconds
 
 
-def peak_memory(work: Callable[[], Any]) -> int:
-    """Return the bytes that `work` added to the process at the worst moment (Linux only).
-
-    Resident memory, because what SuperLU and CHOLMOD allocate is hidden from Python.
-    """
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or freed memory of earlier work would be counted as there
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark sinks to the present
-    before = _status("VmHWM")
-    result = work()
-    peak = _status("VmHWM") - before
-    del result
-    return peak
-
-
-def _status(entry: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:"))
-
-
 def measure(comparison: Comparison, repeats: int | None = None) -> dict[str, Any]:
     """Return the record of one comparison, checked and timed."""
     with threadpool_limits(limits=1), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        comparison.check({name: work() for name, work in comparison.contenders.items()})
-        seconds = time_alternately(comparison.contenders, repeats or comparison.repeats)
+        contenders = comparison.contenders
+        comparison.check({name: work() for name, work in contenders.items()})
+        seconds = time_alternately(contenders, repeats or comparison.repeats)
         peaks = {}
-        if comparison.measure_memory and sys.platform == "linux":
-            peaks = {name: peak_memory(work) for name, work in comparison.contenders.items()}
+        if comparison.memory_of is not None and sys.platform == "linux":
+            peaks = {name: comparison.memory_of(work) for name, work in contenders.items()}
     reference = next(iter(comparison.contenders))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return {
+
+    def turn_by_turn(one: str, other: str) -> float:
+        """Return how often the time of `other` is that of `one`.
+
+        Neighbours in time share the machine's mood, so ratios are taken turn by turn.
+        """
+        pairs = zip(seconds[one], seconds[other], strict=True)
+        return statistics.median(time / other_time for time, other_time in pairs)
+
+    record = {
         "comparison": comparison.name,
         "parameters": comparison.parameters,
         "reference": reference,
         "repeats": len(seconds[reference]),
         "median_s": medians,
-        # Neighbours in time share the machine's mood, so ratios are taken turn by turn.
-        "speed_up": {
-            name: statistics.median(r / t for r, t in zip(seconds[reference], times, strict=True))
-            for name, times in seconds.items()
-        },
+        "speed_up": {name: turn_by_turn(reference, name) for name in seconds},
         "targets": comparison.targets,
         "peak_bytes": peaks,
     }
+    if comparison.floor is not None:
+        floor, promised = comparison.floor
+        record["floor"] = {
+            "of": floor,
+            "promised": promised,
+            "times": {name: turn_by_turn(name, floor) for name in comparison.targets},
+        }
+    return record
 
 
 def circumstances() -> dict[str, Any]:
@@ -164,6 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
                 memory = "" if peak is None else f"  peak {peak / 2**20:8.1f} MiB"
                 print(f"  {name:26} {seconds * 1e3:10.3f} ms {speed_up:8.1f}x{memory}{promise}")
                 kept &= target is None or speed_up >= target
+            for name, times in record.get("floor", {"times": {}})["times"].items():
+                floor = record["floor"]
+                print(f"  {name}: {times:.2f} times {floor['of']} (promised {floor['promised']})")
+                kept &= times <= floor["promised"]
             if not options.dry_run:
                 with output.open("a") as lines:
                     lines.write(json.dumps(record | circumstances()) + "\n")
