@@ -285,20 +285,21 @@ def read_maps(source: ImageLike) -> list[Map]:
         return _maps(name, _map_voxels(source, name), source.affine, source.header, None)
     path = _checked_path(source)
     on_disk = _on_disk(path)
+    sha256 = _sha256(on_disk)  # first: it would push the voxels out of the processor's cache
     raw = _decompressed(path, on_disk)
     image_class = _single_file_class(path, raw)
     if image_class is None:
         image = _other_format(path)
         data = _map_voxels(image, name)
-        on_disk = _on_disk(Path(cast(str, image.file_map["image"].filename)))
-        return _maps(name, data, image.affine, image.header, _sha256(on_disk))
+        sha256 = _sha256(_on_disk(Path(cast(str, image.file_map["image"].filename))))
+        return _maps(name, data, image.affine, image.header, sha256)
     shared = _shared_header(path, image_class, raw)
     _check_length(path, shared, len(raw))
     proxy = shared.dataobj
     _check_real(proxy.dtype, name)
     stored = np.frombuffer(raw, proxy.dtype, offset=proxy.offset).reshape(proxy.shape, order="F")
     data = _scaled(stored, proxy.slope, proxy.inter)
-    return _maps(name, data, shared.affine.copy(), shared.header.copy(), _sha256(on_disk))
+    return _maps(name, data, shared.affine.copy(), shared.header.copy(), sha256)
 
 
 def _sha256(content: bytes) -> str:
