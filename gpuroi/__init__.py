@@ -1,9 +1,9 @@
 """Statistical brain maps to regions, on a GPU or a CPU, with identical labels.
 
 ``extract_regions`` is the whole way from a map to labels and a table, ``extract_cohort`` that for
-folders of maps; ``gpuroi.image``, ``gpuroi.regions``, ``gpuroi.plotting`` and ``gpuroi.datasets``
-replace nilearn's modules of the same names; ``gpuroi.arrays`` works on NumPy and CuPy arrays. Names
-load what they need when first used.
+folders of maps, ``load_regions`` the way back from files; ``gpuroi.image``, ``gpuroi.regions``,
+``gpuroi.plotting`` and ``gpuroi.datasets`` replace nilearn's modules of the same names;
+``gpuroi.arrays`` works on NumPy and CuPy arrays. Names load what they need when first used.
 """
 
 import importlib
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gpuroi.cohort import extract_cohort
     from gpuroi.extract import extract_regions
     from gpuroi.result import Regions
+    from gpuroi.saved import load_regions
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _HOME = {
     "extract_cohort": "gpuroi.cohort",
     "extract_regions": "gpuroi.extract",
     "get_backend": "gpuroi.backends",
+    "load_regions": "gpuroi.saved",
 }
 _SUBMODULES = ("arrays", "datasets", "errors", "image", "plotting", "regions")
 
@@ -38,6 +40,7 @@ __all__ = [
     "extract_regions",
     "get_backend",
     "image",
+    "load_regions",
     "plotting",
     "regions",
 ]
