@@ -9,7 +9,6 @@ import re
 import shutil
 from html.parser import HTMLParser
 
-import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -19,7 +18,7 @@ from gpuroi.datasets import make_stat_map
 from gpuroi.plotting import _backgrounds
 from gpuroi.plotting._colors import region_colors
 from gpuroi.plotting._planes import Volume
-from gpuroi.report import MOST_EMBEDDED, Report, _scene
+from gpuroi.report import MOST_EMBEDDED, Report, _report, _scene
 from gpuroi.report._charts import histogram_of_counts, histogram_of_volumes
 from gpuroi.report._html import MOST_ROWS, json_block
 from gpuroi.report._payload import labels_in
@@ -189,7 +188,7 @@ class TestPage:
     def test_nothing_but_failures(self, tmp_path):
         report = Report(tmp_path, {"threshold": "97%"})
         report.fail("a.nii", "no such file.")
-        assert [path.name for path in report.write()] == ["report.html"]
+        assert report.write() == tmp_path / "report.html"
         page = (tmp_path / "report.html").read_text()
         assert ["a.nii", "no such file."] in Outline(page).rows
         assert "0 regions in 0 maps; 1 map failed." in page
@@ -313,18 +312,43 @@ def picture_in(page):
 
 
 class TestCohort:
-    def test_overlap_is_the_sum_of_the_maps(self, tmp_path):
+    @pytest.mark.usefixtures("without_template")
+    def test_overlap_is_the_sum_of_the_maps(self, tmp_path, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(
+            _report, "draw_cuts", lambda counts, *_, **__: drawn.append(counts.copy()) or b""
+        )
         imgs = [make_stat_map(seed=seed, n_regions=6 + seed).img for seed in (0, 1, 2)]
         all_regions = [found(img, 5.0) for img in [*imgs, imgs[1]]]
         all_regions.append(found(imgs[0], 999.0))  # a map of nothing counts as a map
         written(tmp_path, *all_regions)
-        overlap = nib.load(tmp_path / "overlap.nii.gz")
         total = sum((regions.labels > 0).astype(int) for regions in all_regions)
-        np.testing.assert_array_equal(np.asanyarray(overlap.dataobj), total)
+        np.testing.assert_array_equal(drawn[-1], total)
         assert total.max() >= 2
-        assert overlap.get_data_dtype() == np.uint8
-        np.testing.assert_array_equal(overlap.affine, imgs[0].affine)
-        assert overlap.header.get_intent()[0] == "none"
+
+    def test_where_counts_are_is_said_where_there_is_such_a_file(self, tmp_path):
+        report = Report(tmp_path)
+        for name in ("a", "b"):
+            add(report, found(two_regions()), name)
+        assert "overlap.nii.gz" not in report.write().read_text()
+        page = report.write("overlap.nii.gz").read_text()
+        assert Outline(page).having("a", href="overlap.nii.gz")
+        assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+    @pytest.mark.parametrize("folder", [".", "out"])
+    def test_maps_in_folders_are_named_and_linked_with_them(self, tmp_path, monkeypatch, folder):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        report = Report(folder)
+        for subject in ("sub-01", "sub-02"):
+            path = tmp_path / folder / subject / "func 1" / "t_desc-regions_dseg.nii.gz"
+            report.add(found(two_regions()), path)
+        outline = Outline(report.write().read_text())
+        assert [row[0] for row in outline.rows if len(row) == 4] == [
+            "sub-01/func 1/t",
+            "sub-02/func 1/t",
+        ]
+        assert outline.having("a", href="sub-02/func%201/t_desc-regions_dseg.tsv")
 
     def test_maps_are_listed_with_links(self, tmp_path):
         page = written(tmp_path, found(two_regions()), found(two_regions(scale=2), 11.0))
@@ -339,14 +363,12 @@ class TestCohort:
     def test_grids_that_differ_have_no_overlap(self, tmp_path):
         page = written(tmp_path, found(two_regions()), found(two_regions(affine=MNI_2_MM)))
         assert "The maps are on different grids" in page
-        assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
         page = written(tmp_path, found(two_regions()), found(two_regions(shape=(12, 13, 15))))
         assert "The maps are on different grids" in page
 
     def test_no_regions_at_all(self, tmp_path):
         page = written(tmp_path, *[found(two_regions(), 99.0)] * 2)
         assert "No voxel is in a region of any map." in page
-        assert not np.asanyarray(nib.load(tmp_path / "overlap.nii.gz").dataobj).any()
 
     def test_fifty_maps_are_a_page_below_five_megabytes(self, tmp_path):
         maps = [make_stat_map(affine=MNI_3_MM, seed=seed).img for seed in range(5)]

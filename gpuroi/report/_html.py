@@ -197,16 +197,22 @@ def scale_of_counts(colors: Sequence[str]) -> str:
     )
 
 
-def overlap_figure(png: bytes, colors: Sequence[str], n_maps: int) -> str:
-    """Return the picture of an overlap map, and what its colours stand for."""
+def overlap_figure(png: bytes, colors: Sequence[str], n_maps: int, overlap_file: str | None) -> str:
+    """Return the picture of an overlap map, what its colours stand for, and where counts are."""
     caption = (
         f"In how many of {n_maps} maps each voxel lies in a region. Cuts along z, in mm; left is "
         "left."
     )
+    note = ""
+    if overlap_file is not None:
+        note = (
+            f'<p class="note"><a href="{escape(quote(overlap_file))}">{escape(overlap_file)}</a> '
+            "counts all maps whose regions are in the folder.</p>"
+        )
     return (
         picture_figure(png, "Overlap of the maps in cuts along z", caption)
         + scale_of_counts(colors)
-        + '<p class="note"><a href="overlap.nii.gz">overlap.nii.gz</a> holds these counts.</p>'
+        + note
     )
 
 

@@ -83,8 +83,8 @@ class Report:
     ...     regions = gpuroi.extract_regions(make_stat_map().img, 5.0)
     ...     report = Report(folder)
     ...     report.add(regions, regions.save(f"{folder}/sub-01_desc-regions_dseg")["labels"])
-    ...     [path.name for path in report.write()]
-    ['report.html']
+    ...     report.write().name
+    'report.html'
     """
 
     def __init__(self, folder: str | Path, parameters: Mapping[str, Any] | None = None) -> None:
@@ -108,7 +108,7 @@ class Report:
         ----------
         regions : Regions
         path : path
-            Of its label image, in `folder`.
+            Of its label image, in `folder` or below it.
         values : array (X, Y, Z), optional
             The map, for the outline of the head where there is no template.
 
@@ -120,13 +120,15 @@ class Report:
         table, provenance = regions.table, dict(regions.provenance)
         volumes: list[float] = table["volume_mm3"].tolist()
         self._volumes_mm3 += volumes
-        self._overlap.add(regions.labels != 0, regions.affine, regions.header)
+        # Not `regions.labels`, which would be kept.
+        self._overlap.add(regions.voxels.labels() != 0, regions.affine, regions.header)
         own = {name: provenance.pop(name) for name in _OF_ONE_MAP if name in provenance}
         self._run = provenance
+        labels_file = _below(self.folder, Path(path))
         line = html.MapLine(
             number=f"{len(self._maps) + 1:04d}",
-            name=Path(path).name.removesuffix(_SUFFIX),
-            labels_file=Path(path).name,
+            name=labels_file.removesuffix(_SUFFIX),
+            labels_file=labels_file,
             n_regions=len(regions),
             volume_mm3=sum(volumes),
             cutoff=regions.cutoff,
@@ -147,24 +149,22 @@ class Report:
         """Take in a map that failed."""
         self._failures.append((name, reason))
 
-    def write(self) -> list[Path]:
-        """Write the page, each file whole or not at all, and return what was written.
+    def write(self, overlap_file: str | None = None) -> Path:
+        """Write the page, whole or not at all, and return its path.
 
-        The overlap map comes first, if there are two maps and all are on one grid; the page that
-        speaks of it comes last.
+        Parameters
+        ----------
+        overlap_file : str, optional
+            An image in `folder` to name as the one that counts maps; the page only draws counts.
 
         Raises
         ------
         OSError
-            If a file cannot be written; an older one is left as it was.
+            If it cannot be written; an older one is left as it was.
         """
-        paths = []
-        if self._has_overlap():
-            paths.append(self.folder / "overlap.nii.gz")
-            io.write_image(self._overlap.image(), paths[-1])
-        paths.append(self.folder / "report.html")
-        io.write_text(self._page(), paths[-1])
-        return paths
+        path = self.folder / "report.html"
+        io.write_text(self._page(overlap_file), path)
+        return path
 
     def _set_aside(self) -> None:
         """Write what is drawn of maps into files beside the page, which loads them on demand."""
@@ -179,10 +179,7 @@ class Report:
             io.write_text(call, folder / f"{number}.js")
             views.payload, views.picture = None, b""
 
-    def _has_overlap(self) -> bool:
-        return len(self._maps) > 1 and self._overlap.counts is not None
-
-    def _page(self) -> str:
+    def _page(self, overlap_file: str | None) -> str:
         away = len(self._maps) > MOST_EMBEDDED
         n_regions = len(self._volumes_mm3)
         title = f"Regions of {_counted(len(self._maps), 'map')}"
@@ -191,7 +188,7 @@ class Report:
         summary = f"{_counted(n_regions, 'region')} in {_counted(len(self._maps), 'map')}"
         if self._failures:
             summary += f"; {_counted(len(self._failures), 'map')} failed"
-        body = [html.failures_section(self._failures), self._cohort()]
+        body = [html.failures_section(self._failures), self._cohort(overlap_file)]
         body += [_section(record, away=away) for record in self._maps]
         body.append(html.definitions("How this was made", self._run | _now(), "provenance"))
         data = {
@@ -204,7 +201,7 @@ class Report:
         }
         return html.page(title, f"{summary}.", "\n".join(body), data, has_files_beside=away)
 
-    def _cohort(self) -> str:
+    def _cohort(self, overlap_file: str | None) -> str:
         """Return the part of the page about all maps together."""
         if len(self._maps) < 2:
             return ""
@@ -215,16 +212,15 @@ class Report:
         return (
             f'<section id="cohort"><h2>All maps</h2>{html.maps_table(lines)}'
             f'<h3>How many, and how large</h3><div class="charts">{charts}</div>'
-            f"<h3>Overlap</h3>{self._overlap_figure()}</section>"
+            f"<h3>Overlap</h3>{self._overlap_figure(overlap_file)}</section>"
         )
 
-    def _overlap_figure(self) -> str:
+    def _overlap_figure(self, overlap_file: str | None) -> str:
         counts, affine = self._overlap.counts, self._overlap.affine
         if counts is None:
             return (
                 '<p class="note">The maps are on different grids, so voxels cannot be counted '
-                "across them and no overlap.nii.gz was written. One that is in the folder is of an "
-                "earlier run.</p>"
+                "across them.</p>"
             )
         most = int(counts.max(initial=0))
         if most == 0:
@@ -235,7 +231,15 @@ class Report:
             draw_cuts(counts, affine, scene, palette, numbered=False),
             [hex_color(color) for color in palette],
             len(self._maps),
+            overlap_file,
         )
+
+
+def _below(folder: Path, path: Path) -> str:
+    """Return `path` as a link from a page in `folder`; of another folder, its name."""
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100  # as it is named, links not followed
+    root = Path(os.path.abspath(folder))  # noqa: PTH100
+    return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else path.name
 
 
 def _views(regions: Regions, first: int, values: NDArray[Any] | None) -> _Views:
