@@ -1,27 +1,25 @@
 """The command line: parse, call, print, exit code; the science is elsewhere.
 
-Exit codes: 0 all maps done, 1 some maps failed, 2 the command itself cannot be carried out.
+Exit codes: 0 all maps done, 1 some failed or the run had to stop, 2 the command cannot be carried
+out, 130 interrupted.
 """
 
 import re
 import sys
-import warnings
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gpuroi.screen import Pages, console, progress, say, show
+from gpuroi.screen import Results, console, say
+from gpuroi.watch import Watch, outcome
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from gpuroi.backends import Backend
-    from gpuroi.recipe import Recipe
-    from gpuroi.result import Regions
 
 app = typer.Typer(
     help="Turn statistical brain maps into regions, on a GPU or a CPU, with identical labels.",
@@ -30,11 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_EXTENSION = re.compile(r"\.(nii|img|hdr)(\.gz)?$|\.mg[hz]$", re.IGNORECASE)
-_VOLUME = re.compile(r"_vol-\d{4,}$")
-
-# Of more maps, a person no longer reads the tables that scroll past.
-_MOST_TABLES = 8
+# Groups of options in the help.
+_WHICH, _HOW, _WHERE = "Which maps", "How", "Where it runs"
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,10 +54,12 @@ def _program(
 
 @app.command()
 def extract(
-    maps: Annotated[
-        list[Path] | None,
-        # An unreadable map is one failed map, not the end of the command.
-        typer.Argument(metavar="MAP", readable=False, help="NIfTI files, 3-D or 4-D."),
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="INPUT",
+            help="NIfTI files (3-D or 4-D), folders, patterns, lists (@maps.txt), BIDS datasets.",
+        ),
     ] = None,
     output: Annotated[
         Path,
@@ -75,54 +72,6 @@ def extract(
             help="Folder to write to, made if missing; files of the same names are replaced.",
         ),
     ] = Path("regions-out"),
-    sample: Annotated[
-        bool, typer.Option("--sample", help="Add the sample map, a real one that nilearn brings.")
-    ] = False,
-    threshold: Annotated[
-        str,
-        typer.Option(help="A percentile such as '97%', or a magnitude in map units such as 3.0."),
-    ] = "97%",
-    min_region_size: Annotated[
-        float, typer.Option(help="Smallest volume of a region, in mm^3.")
-    ] = 1500.0,
-    method: Annotated[
-        str,
-        typer.Option(help="connected_components, or local_regions (maxima and a random walker)."),
-    ] = "connected_components",
-    smoothing_fwhm: Annotated[
-        float, typer.Option(help="local_regions: smoothing before seeds are found, in mm.")
-    ] = 6.0,
-    seed_distance: Annotated[
-        int, typer.Option(help="local_regions: reach of the window of a seed, in voxels.")
-    ] = 10,
-    connectivity: Annotated[
-        int,
-        typer.Option(help="Neighbours that join: 6 (by faces), 18 (edges too), 26 (corners too)."),
-    ] = 6,
-    tail: Annotated[
-        str,
-        typer.Option(
-            help="Signs that count: both (opposite ones never join), positive or negative."
-        ),
-    ] = "both",
-    population: Annotated[
-        str, typer.Option(help="Voxels that a percentile ranks: all, nonzero, or a mask image.")
-    ] = "all",
-    mask: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="Mask image; voxels outside are background, and percentiles do not rank them.",
-        ),
-    ] = None,
-    resample_mask: Annotated[
-        bool,
-        typer.Option(
-            "--resample-mask", help="Bring masks onto the grid of the map (nearest neighbour)."
-        ),
-    ] = False,
-    backend: Annotated[str, typer.Option(help="auto, cpu or cuda; see 'gpuroi devices'.")] = "auto",
     report: Annotated[
         bool | None,
         typer.Option(
@@ -131,30 +80,217 @@ def extract(
             show_default="where there are at most 50 maps",
         ),
     ] = None,
+    sample: Annotated[
+        bool,
+        typer.Option(
+            "--sample",
+            help="Add the sample map, a real one that nilearn brings.",
+            rich_help_panel=_WHICH,
+        ),
+    ] = False,
+    participant_label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--participant-label",
+            "--participant_label",
+            metavar="LABEL",
+            help="Only maps of this participant, by their BIDS names; with or without sub-. "
+            "May be given more than once, as the next three.",
+            rich_help_panel=_WHICH,
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="Only maps of this task.", rich_help_panel=_WHICH),
+    ] = None,
+    contrast: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="Only maps of this contrast.", rich_help_panel=_WHICH),
+    ] = None,
+    stat: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL",
+            help="Only maps of this statistic, such as t or z.",
+            rich_help_panel=_WHICH,
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="i/n",
+            help="Only every n-th map from the i-th on: 3/16 is the third of 16 tasks that share "
+            "the maps.",
+            rich_help_panel=_WHICH,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Only the first N maps.", rich_help_panel=_WHICH),
+    ] = None,
+    retry_failed: Annotated[
+        bool,
+        typer.Option(
+            "--retry-failed",
+            help="Also those that failed before and have not changed since.",
+            rich_help_panel=_WHICH,
+        ),
+    ] = False,
+    threshold: Annotated[
+        str,
+        typer.Option(
+            help="A percentile such as '97%', or a magnitude in map units such as 3.0.",
+            rich_help_panel=_HOW,
+        ),
+    ] = "97%",
+    min_region_size: Annotated[
+        float, typer.Option(help="Smallest volume of a region, in mm^3.", rich_help_panel=_HOW)
+    ] = 1500.0,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="connected_components, or local_regions (maxima and a random walker).",
+            rich_help_panel=_HOW,
+        ),
+    ] = "connected_components",
+    smoothing_fwhm: Annotated[
+        float,
+        typer.Option(
+            help="local_regions: smoothing before seeds are found, in mm.", rich_help_panel=_HOW
+        ),
+    ] = 6.0,
+    seed_distance: Annotated[
+        int,
+        typer.Option(
+            help="local_regions: reach of the window of a seed, in voxels.", rich_help_panel=_HOW
+        ),
+    ] = 10,
+    connectivity: Annotated[
+        int,
+        typer.Option(
+            help="Neighbours that join: 6 (by faces), 18 (edges too), 26 (corners too).",
+            rich_help_panel=_HOW,
+        ),
+    ] = 6,
+    tail: Annotated[
+        str,
+        typer.Option(
+            help="Signs that count: both (opposite ones never join), positive or negative.",
+            rich_help_panel=_HOW,
+        ),
+    ] = "both",
+    population: Annotated[
+        str,
+        typer.Option(
+            help="Voxels that a percentile ranks: all, nonzero, or a mask image.",
+            rich_help_panel=_HOW,
+        ),
+    ] = "all",
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Mask image; voxels outside are background, and percentiles do not rank them.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    resample_mask: Annotated[
+        bool,
+        typer.Option(
+            "--resample-mask",
+            help="Bring masks onto the grid of the map (nearest neighbour).",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
+    backend: Annotated[
+        str,
+        typer.Option(help="auto, cpu or cuda; see 'gpuroi devices'.", rich_help_panel=_WHERE),
+    ] = "auto",
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Processes.",
+            show_default="one for each core",
+            rich_help_panel=_WHERE,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|N",
+            help="Maps that are handed to a GPU, or to a worker of Dask, at once.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = "auto",
+    on_gpu_error: Annotated[
+        str,
+        typer.Option(
+            metavar="stop|cpu",
+            help="Whether a GPU that fails ends the run, or the CPU does the rest.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = "stop",
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run on a Dask cluster: the address of its scheduler, or a scheduler file.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = None,
 ) -> None:
-    """Write the regions of each MAP: labels (.nii.gz), a table (.tsv) and provenance (.json).
+    """Write the regions of each map: labels (.nii.gz), a table (.tsv) and provenance (.json).
 
     The files are named after the map: sub-01_tmap.nii.gz gives
-    OUT/sub-01_tmap_desc-regions_dseg.nii.gz, .tsv and .json;
-    volumes of a 4-D map have _vol-0000, _vol-0001, ... before _desc.
+    OUT/sub-01_tmap_desc-regions_dseg.nii.gz, .tsv and .json; maps found in a folder
+    keep the folders below it; volumes of a 4-D map have _vol-0000, _vol-0001, ...
+    before _desc.
 
-    OUT/report.html shows them; of two maps or more, OUT/overlap.nii.gz
-    counts in how many each voxel lies in a region.
+    Of two maps or more, OUT/regions.tsv is all tables in one, and OUT/overlap.nii.gz
+    counts in how many maps each voxel lies in a region. OUT/failures.tsv lists the maps
+    that failed. The same command once more goes on where it was stopped.
 
-    Exit code: 0 all maps done, 1 some failed, 2 the command cannot be run.
+    Exit code: 0 all maps done, 1 some failed or the run had to stop, 2 the command
+    cannot be carried out.
     """
-    from gpuroi.backends import get_backend
+    from gpuroi.cohort import extract_cohort
     from gpuroi.datasets import load_sample_motor_activation_image
     from gpuroi.recipe import make_recipe
 
+    since = time.monotonic()
     screen, errors = console(), console(stderr=True)
     with _usage_errors(errors):
-        sources = list(maps or [])
+        sources = list(inputs or [])
         if sample:
-            sources.append(Path(load_sample_motor_activation_image()))
+            sources.append(str(load_sample_motor_activation_image()))
         if not sources:
             raise ValueError("there is no map to work on; name a file, or pass --sample.")
-        stems = _stems(sources)
+        if report and shard is not None:
+            raise ValueError(
+                "--report and --shard do not go together: each shard would replace the report of "
+                "the others. Run once more without --shard when all are done."
+            )
+        if jobs is not None and dask is not None:
+            raise ValueError(
+                "--jobs and --dask do not go together: a Dask cluster has the workers it has."
+            )
+        options: dict[str, Any] = {
+            "entities": {
+                "sub": participant_label or [],
+                "task": task or [],
+                "contrast": contrast or [],
+                "stat": stat or [],
+            },
+            "shard": _shard(shard),
+            "limit": limit,
+            "jobs": jobs,
+            "batch_size": _batch_size(batch_size),
+            "retry_failed": retry_failed,
+            "backend": backend,
+            "on_gpu_error": on_gpu_error,
+        }
         recipe = make_recipe(
             _number_or_text(threshold),
             tail=tail,
@@ -167,38 +303,20 @@ def extract(
             seed_distance=seed_distance,
             resample_mask=resample_mask,
         )
-        chosen = get_backend(backend)
-        output = output.expanduser()
-        output.mkdir(parents=True, exist_ok=True)
 
-    pages = Pages(
-        output, recipe, asked=report, n_sources=len(sources), screen=screen, errors=errors
-    )
-    failed = 0
-    with progress(errors, len(sources)) as advance:
-        for source, stem in zip(sources, stems, strict=True):
-            try:
-                results = _extract_one(source, output / stem, recipe, chosen, errors, pages)
-            except Exception as error:  # whatever is wrong with one map, the others are done
-                named = _named(error, source)
-                pages.fail(source, error)
-                if isinstance(error, RuntimeError) and chosen.name != "cpu":
-                    # The device may be lost: no other map would fare better.
-                    say(errors, "error", f"{named}; nothing more was done.", "bold red")
-                    pages.write()
-                    raise typer.Exit(1) from error
-                failed += 1
-                say(errors, "failed", named, "bold red")
-            else:
-                few = max(len(sources), len(results)) <= _MOST_TABLES
-                for regions, path in results:
-                    show(screen, regions, path, as_table=few)
-            advance()
-    reported = pages.write()
-    if failed:
-        others = f"; the others are in {output}" if failed < len(sources) else ""
-        errors.print(f"{failed} of {len(sources)} maps failed{others}.", soft_wrap=True)
-    if failed or not reported:
+    watch = Watch(errors)
+    with _endings(watch, errors), watch, _cluster(dask) as client:
+        cohort = extract_cohort(
+            sources, output, recipe, client=client, on_progress=watch, **options
+        )
+    watch.tell_of_before(cohort)
+    output = output.expanduser()
+    results = Results(cohort, output, screen, errors)
+    results.show()
+    results.write_report(recipe, asked=False if shard is not None else report)
+    said = outcome(cohort, output, time.monotonic() - since)
+    errors.print(said, soft_wrap=True)
+    if cohort.failures or not results.are_shown:
         raise typer.Exit(1)
 
 
@@ -231,59 +349,21 @@ def main() -> None:
     app(prog_name="gpuroi")
 
 
-def _extract_one(
-    source: Path,
-    prefix: Path,
-    recipe: "Recipe",
-    backend: "Backend",
-    errors: "Console",
-    pages: Pages,
-) -> list[tuple["Regions", Path]]:
-    """Write the regions of every volume of `source`; return them with their label images."""
-    from gpuroi import io
-    from gpuroi.pipeline import extract_maps
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)  # others are for developers
-        volumes = io.read_maps(source)
-        results = []
-        for number, regions in enumerate(extract_maps(volumes, recipe, backend)):
-            volume = f"_vol-{number:04d}" if len(volumes) > 1 else ""
-            paths = regions.save(f"{prefix}{volume}_desc-regions_dseg")
-            results.append((regions, paths["labels"]))
-            pages.add(regions, paths["labels"], volumes[number].data)
-    for warning in caught:
-        say(errors, "warning", str(warning.message), "yellow")
-    return results
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None:
+        raise ValueError(f"--shard {text!r} is not i/n; pass, say, 3/16 for the third of 16.")
+    return int(match[1]), int(match[2])
 
 
-def _named(error: Exception, source: Path) -> str:
-    """Return what went wrong with `source`; the class too, of an error that nobody foresaw."""
-    message = str(error)
-    if not isinstance(error, ValueError | OSError | MemoryError | RuntimeError):
-        message = f"{type(error).__name__}: {message}"
-    return message if str(source) in message else f"{source}: {message}"
-
-
-def _stems(sources: list[Path]) -> list[str]:
-    """Return the names of `sources` without extensions, which name the outputs."""
-    first: dict[str, Path] = {}
-    for source in sources:
-        stem = _EXTENSION.sub("", source.name)
-        if stem in first:
-            raise ValueError(
-                f"{first[stem]} and {source} would both write {stem}_desc-regions_dseg.nii.gz; "
-                "extract them into separate folders."
-            )
-        first[stem] = source
-    for stem, source in first.items():
-        series = first.get(_VOLUME.sub("", stem), source)
-        if series is not source:
-            raise ValueError(
-                f"a volume of {series} could be written as {stem}_desc-regions_dseg.nii.gz, as "
-                f"{source} is; extract them into separate folders."
-            )
-    return list(first)
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--batch-size {text!r} is neither auto nor a number of maps >= 1.")
+    return int(text)
 
 
 def _number_or_text(threshold: str) -> float | str:
@@ -294,6 +374,33 @@ def _number_or_text(threshold: str) -> float | str:
 
 
 @contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    """Connect to the scheduler of a Dask cluster for the block, if there is to be one."""
+    if address is None:
+        yield None
+        return
+    from gpuroi.errors import MissingExtraError
+
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise MissingExtraError(
+            f"--dask needs distributed, which cannot be imported ({error}); "
+            "pip install 'gpuroi[dask]'."
+        ) from error
+    path = Path(address).expanduser()
+    is_file = path.is_file()
+    if not is_file and ":" not in address:  # the client would wait for such a file for ever
+        raise ValueError(
+            f"--dask {address!r} is neither the address of a scheduler, such as "
+            "tcp://10.0.0.1:8786, nor a scheduler file that exists."
+        )
+    connect: Any = Client
+    with connect(scheduler_file=str(path)) if is_file else connect(address) as client:
+        yield client
+
+
+@contextmanager
 def _usage_errors(errors: "Console") -> Iterator[None]:
     """Turn an error of the block into its message and exit code 2."""
     try:
@@ -301,3 +408,23 @@ def _usage_errors(errors: "Console") -> Iterator[None]:
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         say(errors, "error", str(error), "bold red")
         raise typer.Exit(2) from error
+
+
+@contextmanager
+def _endings(watch: Watch, errors: "Console") -> Iterator[None]:
+    """Turn what ends a run into its message and exit code.
+
+    Until the maps are found and the first can be worked on, it is the command that is wrong; what
+    comes later and is neither the device's nor the disk's fault is ours, and has a traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        errors.print("interrupted; run again to go on")
+        raise typer.Exit(130) from interruption
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+        if watch.has_begun and not isinstance(error, RuntimeError | OSError):
+            raise
+        message = str(error).replace("on_gpu_error='cpu'", "--on-gpu-error cpu")
+        say(errors, "error", message, "bold red")
+        raise typer.Exit(1 if watch.has_begun else 2) from error

@@ -1,22 +1,27 @@
-"""What the command line shows: words, tables, a progress bar, and the report of a run."""
+"""What the command line shows: words, tables, and the report of a run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from rich.console import Console
 
+    from gpuroi.cohort import CohortReport
     from gpuroi.recipe import Recipe
-    from gpuroi.report import Report
     from gpuroi.result import Regions
+    from gpuroi.types import Provenance
+
+# Of more maps, a person no longer reads the tables that scroll past,
+_MOST_TABLES = 8
+# nor a line each; and there is a report only when it is asked for.
+_MOST_SHOWN = 50
 
 # More rows than these, a person no longer reads.
 _MOST_ROWS = 40
-
-# Of more maps there is a report only when it is asked for.
-_MOST_REPORTED = 50
 
 
 def console(*, stderr: bool = False) -> "Console":
@@ -33,37 +38,120 @@ def say(console: "Console", word: str, message: str, style: str) -> None:
     console.print(Text(f"{word}: ", style).append(message, "default"), soft_wrap=True)
 
 
-@contextmanager
-def progress(console: "Console", total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar on a terminal when there is more than one map; yield what advances it."""
-    if total < 2 or not console.is_terminal:
-        yield lambda: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+class Results:
+    """What a run has left on disk, whichever run wrote it: shown, and made into a report.
 
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("maps", total=total)
-        yield lambda: progress.advance(task)
+    Whatever goes wrong with that is said, and costs nothing else: the results are complete.
+    """
+
+    def __init__(
+        self, cohort: "CohortReport", folder: Path, screen: "Console", errors: "Console"
+    ) -> None:
+        self._cohort = cohort
+        self._folder = folder  # as the user names it
+        self._screen, self._errors = screen, errors
+        self._n_maps = max(
+            len(cohort.maps), sum(record.n_volumes for record in cohort.records)
+        )  # volumes of a series are maps, too
+        self.are_shown = True
+
+    def show(self) -> None:
+        """Print a table for each of few maps, a line for each of some, nothing of many."""
+        from gpuroi.saved import provenance_of
+
+        with self._kept_apart("tables cannot be shown"):
+            if self._n_maps <= _MOST_TABLES:
+                for prefix, regions, _ in self._read_back():
+                    _show_line(self._screen, regions.provenance, _labels(prefix))
+                    if len(regions):
+                        _show_table(self._screen, regions, _labels(prefix))
+            elif self._n_maps <= _MOST_SHOWN:
+                for one in self._done():
+                    for prefix in one.prefixes:
+                        _show_line(self._screen, provenance_of(prefix), _labels(prefix))
+
+    def write_report(self, recipe: "Recipe", *, asked: bool | None) -> None:
+        """Write the page if it is asked for, or nothing is and there are few maps; say where."""
+        if asked is None and self._n_maps > _MOST_SHOWN:
+            self._screen.print(f"More than {_MOST_SHOWN} maps: --report writes a report, too.")
+        elif asked or asked is None:
+            with self._kept_apart("report could not be written"):
+                from gpuroi.report import Report
+
+                report = Report(self._folder, recipe.describe())
+                for one, record in zip(self._cohort.maps, self._cohort.records, strict=True):
+                    if record.status == "failed":
+                        report.fail(one.path, record.message)
+                for prefix, regions, values in self._read_back():
+                    report.add(regions, _labels(prefix), values)
+                overlap = self._cohort.summary.get("overlap")
+                path = report.write(None if overlap is None else overlap.name)
+                self._screen.print(f"The report is {path}", soft_wrap=True)
+
+    def _read_back(self) -> Iterator[tuple[Path, "Regions", "NDArray[Any]"]]:
+        """Yield what each volume's outputs begin with, its regions, and its voxels."""
+        from gpuroi import io
+        from gpuroi.saved import read_back
+
+        for one in self._done():
+            for prefix, volume in zip(one.prefixes, io.read_maps(one.path), strict=True):
+                yield prefix, read_back(prefix, volume), volume.data
+
+    def _done(self) -> Iterator["_Done"]:
+        """Yield the maps that did not fail, in the order of the inputs."""
+        from gpuroi.cohort._outputs import output_names
+
+        for one, record in zip(self._cohort.maps, self._cohort.records, strict=True):
+            names = output_names(record.stem, record.n_volumes)
+            if record.status == "done":
+                yield _Done(one.path, [self._folder / name for name in names])
+
+    @contextmanager
+    def _kept_apart(self, what: str) -> Iterator[None]:
+        """Say of an error of the block, whatever it is, that `what`, and go on."""
+        try:
+            yield
+        except Exception as error:
+            self.are_shown = False
+            reason = str(error) or type(error).__name__
+            message = f"the {what} ({reason}); the results are complete."
+            say(self._errors, "error", message, "bold red")
 
 
-def show(screen: "Console", regions: "Regions", path: Path, *, as_table: bool) -> None:
-    """Print the regions of one map as a table, or as one line."""
-    from rich.table import Table
+@dataclass(frozen=True)
+class _Done:
+    """A map, and what the outputs of each of its volumes begin with."""
+
+    path: str
+    prefixes: list[Path]
+
+
+def _labels(prefix: Path) -> Path:
+    return prefix.with_name(f"{prefix.name}.nii.gz")
+
+
+def _show_line(screen: "Console", provenance: "Provenance", path: Path) -> None:
+    """Print what was found in a map, whose labels are at `path`, as one line."""
     from rich.text import Text
 
-    asked = regions.provenance["parameters"]
+    from gpuroi.saved import cutoff_of
+
+    asked, n_regions = provenance["parameters"], provenance["regions"]
     reach = {"both": "|value| ≥ ", "positive": "value ≥ ", "negative": "value ≤ -"}[asked["tail"]]
     heading = (
-        f": {len(regions)} regions of at least {asked['min_region_size_mm3']:g} mm³ at "
-        f"{reach}{regions.cutoff:.6g} (threshold {asked['threshold']}, "
-        f"{regions.provenance['backend']})"
+        f": {n_regions} regions of at least {asked['min_region_size_mm3']:g} mm³ at "
+        f"{reach}{cutoff_of(provenance):.6g} (threshold {asked['threshold']}, "
+        f"{provenance['backend']})"
     )
     screen.print(Text(str(path), "bold").append(heading, "default"), soft_wrap=True)
-    if len(regions) == 0:
-        screen.print(f"  Nothing found; {_why_nothing(regions)}", soft_wrap=True)
-    if not as_table or len(regions) == 0:
-        return
+    if n_regions == 0:
+        screen.print(f"  Nothing found; {_why_nothing(provenance)}", soft_wrap=True)
+
+
+def _show_table(screen: "Console", regions: "Regions", path: Path) -> None:
+    """Print the regions of a map as a table."""
+    from rich.table import Table
+
     table = Table("label", "voxels", "mm³", "peak", "peak x y z (mm)", "mean", "at edge")
     for column in table.columns[:-1]:
         column.justify = "right"
@@ -83,75 +171,16 @@ def show(screen: "Console", regions: "Regions", path: Path, *, as_table: bool) -
         screen.print(f"  … and {len(regions) - _MOST_ROWS} more in {table_name}", soft_wrap=True)
 
 
-def _why_nothing(regions: "Regions") -> str:
+def _why_nothing(provenance: "Provenance") -> str:
     """Return what a person may want to change where no region was found."""
-    asked, highest = regions.provenance["parameters"], regions.provenance["largest_magnitude"]
-    if highest >= regions.cutoff and regions.provenance["min_voxels"] > 1:
+    from gpuroi.saved import cutoff_of
+
+    asked, highest = provenance["parameters"], provenance["largest_magnitude"]
+    cutoff = cutoff_of(provenance)
+    if highest >= cutoff and provenance["min_voxels"] > 1:
         smallest = f"{asked['min_region_size_mm3']:g} mm³"
         return f"no region of voxels at the cut-off fills {smallest} (--min-region-size)."
     said = f"the largest magnitude is {highest:.6g}."
-    if highest < regions.cutoff and not asked["threshold"].endswith("%"):
+    if highest < cutoff and not asked["threshold"].endswith("%"):
         said += " A percentile needs its percent sign: 97%."
     return said
-
-
-class Pages:
-    """The report of a run, if there is to be one: what goes wrong with it costs nothing else."""
-
-    def __init__(
-        self,
-        output: Path,
-        recipe: "Recipe",
-        *,
-        asked: bool | None,
-        n_sources: int,
-        screen: "Console",
-        errors: "Console",
-    ) -> None:
-        self._asked, self._screen, self._errors = asked, screen, errors
-        self._folder = output
-        self._report: Report | None = None
-        self._error: Exception | None = None
-        if asked or (asked is None and n_sources <= _MOST_REPORTED):
-            with self._kept_apart():
-                from gpuroi import report
-
-                self._report = report.Report(output, recipe.describe())
-
-    def add(self, regions: "Regions", path: Path, values: Any) -> None:
-        """Take in the regions of a map, whose label image is at `path`."""
-        if self._report is None:
-            return
-        if self._asked is None and len(self._report) == _MOST_REPORTED:
-            self._report = None  # volumes of a series are maps, too
-            return
-        with self._kept_apart():
-            self._report.add(regions, path, values)
-
-    def fail(self, source: Path, error: Exception) -> None:
-        """Take in a map that failed."""
-        if self._report is not None:
-            self._report.fail(str(source), str(error))
-
-    def write(self) -> bool:
-        """Write the page and say where it is; return whether all went well."""
-        if self._report is not None:
-            with self._kept_apart():
-                self._report.write()
-        if self._error is not None:
-            reason = str(self._error) or type(self._error).__name__
-            message = f"the report could not be written ({reason}); the results are complete."
-            say(self._errors, "error", message, "bold red")
-        elif self._report is not None:
-            self._screen.print(f"The report is {self._folder / 'report.html'}", soft_wrap=True)
-        elif self._asked is None:
-            self._screen.print(f"More than {_MOST_REPORTED} maps: --report writes a report, too.")
-        return self._error is None
-
-    @contextmanager
-    def _kept_apart(self) -> Iterator[None]:
-        """Keep an error of the block, whatever it is, and end the report with it."""
-        try:
-            yield
-        except Exception as error:  # no reason to lose a map, nor those that follow
-            self._report, self._error = None, error

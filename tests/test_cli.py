@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -18,8 +19,12 @@ from nilearn.regions import connected_regions
 from typer.testing import CliRunner
 
 import gpuroi
-from gpuroi import backends, cli
+from gpuroi import backends, cli, watch
+from gpuroi.cohort import Progress
+from gpuroi.cohort._ledger import Ledger, Record
 from gpuroi.datasets import load_sample_motor_activation_image
+from gpuroi.pipeline import Finder
+from gpuroi.screen import console
 
 # Two regions: 27 voxels of 5 and 8 voxels of -6, of 27 mm^3 each.
 DATA = np.zeros((12, 12, 12), np.float32)
@@ -32,6 +37,9 @@ BOTH = ("--threshold", "3.0", "--min-region-size", "0")  # finds the two
 # Runs a command in a process of its own, as the installed script does.
 IN_A_PROCESS = (sys.executable, "-c", "from gpuroi.cli import main; main()")
 
+
+# The last line of a run that went well.
+SENTENCE = re.compile(r"1 map: 1 done, |[\d,]+ maps: [\d,]+ done, ")
 
 # What is said where nothing is found.
 LARGEST = "the largest magnitude is {}."
@@ -71,10 +79,21 @@ def plain(said):
 
 
 def succeed(*arguments, report=False):
-    """Return what a command prints when all goes well, which is nothing on stderr."""
+    """Return what a command prints when all goes well, which is one sentence at most on stderr."""
     result = run(*arguments, report=report)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0
+    if arguments[0] == "extract" and arguments[1] != "--help":
+        assert SENTENCE.match(result.stderr)
+        assert result.stderr.count("\n") == 1
+    else:
+        assert result.stderr == ""
     return plain(result.stdout)
+
+
+def complaints(result):
+    """Return what stands on stderr before the sentence that ends a run, and that sentence."""
+    *lines, last = plain(result.stderr).splitlines()
+    return lines, re.sub(r", \d+ s$", "", last)
 
 
 def read_labels(path):
@@ -85,12 +104,27 @@ def written(folder="out"):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def outputs(*stems):
+def files_of(*stems):
     return [
         f"{stem}_desc-regions_dseg{extension}"
         for stem in sorted(stems)
         for extension in (".json", ".nii.gz", ".tsv")
     ]
+
+
+def outputs(*stems, others=()):
+    """Return all names that a run on maps of one grid leaves in its folder."""
+    of_several = ("regions.tsv", "overlap.nii.gz") if len(stems) > 1 else ()
+    return sorted([*files_of(*stems), ".gpuroi", "dataset_description.json", *of_several, *others])
+
+
+def contents(folder="out"):
+    """Return the bytes of all files of a folder, but for the ledger."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file() and ".gpuroi" not in path.parts
+    }
 
 
 class TestExtract:
@@ -99,7 +133,7 @@ class TestExtract:
         prefix = "out/image_10426_desc-regions_dseg"
         assert f"{prefix}.nii.gz: 6 regions of at least 1500 mm³ at |value| ≥ 2.59467 " in said
         assert said.endswith("The report is out/report.html\n")
-        assert written() == [*outputs("image_10426"), "report.html"]
+        assert written() == outputs("image_10426", others=["report.html"])
 
         sample = load_sample_motor_activation_image()
         stack, _ = connected_regions(
@@ -136,7 +170,7 @@ class TestExtract:
             succeed("extract", name, *BOTH, "-o", "alone")
         succeed("extract", "a.nii", "b.nii.gz", "c.nii", *BOTH, "-o", "out")
         assert written("out") == outputs("a", "b", "c") == written("alone")
-        for name in written("out"):
+        for name in written("out")[1:]:  # of the ledger, the order of lines is that of the ends
             assert (Path("out") / name).read_bytes() == (Path("alone") / name).read_bytes()
 
     def test_volumes_of_a_series_have_a_number_each(self):
@@ -196,10 +230,9 @@ class TestExtract:
         runs = []
         for folder in ("one", "other"):
             said = succeed("extract", "m.nii.gz", "--sample", *BOTH, "-o", folder)
-            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-            runs.append((said.replace(folder, "out"), files))
+            runs.append((said.replace(folder, "out"), contents(folder)))
         assert runs[0] == runs[1]
-        assert len(runs[0][1]) == 6
+        assert len(runs[0][1]) == 8
 
     def test_old_files_are_replaced_and_others_left(self):
         write_map("m.nii")
@@ -207,7 +240,7 @@ class TestExtract:
         for name in ("m_desc-regions_dseg.tsv", "notes.txt"):
             (Path("out") / name).write_text("old")
         succeed("extract", "m.nii", *BOTH, "-o", "out")
-        assert written() == [*outputs("m"), "notes.txt"]
+        assert written() == outputs("m", others=["notes.txt"])
         assert Path("out/m_desc-regions_dseg.tsv").read_text().startswith("index\tname\t")
         assert Path("out/notes.txt").read_text() == "old"
 
@@ -260,8 +293,9 @@ class TestMasks:
         assert result.exit_code == 1
         assert "m.nii: mask_img mask.nii is on another grid than the map: " in result.stderr
         assert "shape (6, 6, 6) against (12, 12, 12)" in result.stderr
-        assert written() == []
-        succeed(*command, "--resample-mask")
+        assert written() == outputs(others=["failures.tsv"])
+        result = run(*command, "--resample-mask", "--retry-failed")
+        assert result.exit_code == 0
         labels = read_labels("out/m_desc-regions_dseg.nii.gz")
         np.testing.assert_array_equal(labels, DATA > 0)
 
@@ -318,8 +352,9 @@ class TestSaid:
         write_map("m[1].nii", data)
         result = run("extract", "m[1].nii", *BOTH, "-o", "out")
         assert result.exit_code == 0
-        assert result.stderr == (
-            "warning: m[1].nii: 2 voxels are NaN or infinite; they become background.\n"
+        assert complaints(result) == (
+            ["warning: m[1].nii: 2 voxels are NaN or infinite; they become background."],
+            "1 map: 1 done, 2 regions",
         )
         np.testing.assert_array_equal(
             read_labels("out/m[1]_desc-regions_dseg.nii.gz"), (DATA > 0) + 2 * (DATA < 0)
@@ -334,10 +369,12 @@ class TestSaid:
     def test_brackets_and_colons_are_no_markup(self):
         Path("[cuda13]").mkdir()
         name = write_map("[cuda13]/[bold]m:brain:[bold].nii")
+        Path("[red]bad.nii").touch()
         result = run("extract", name, "[red]bad.nii", *BOTH, "-o", "[out]")
         assert "[out]/[bold]m:brain:[bold]_desc-regions_dseg.nii.gz: 2 regions" in result.stdout
-        assert result.stderr == (
-            "failed: [red]bad.nii: no such file.\n1 of 2 maps failed; the others are in [out].\n"
+        assert complaints(result) == (
+            ["failed: [red]bad.nii: expected an image, found an empty file."],
+            "2 maps: 1 done, 1 failed ([out]/failures.tsv), 2 regions",
         )
 
     def test_lines_are_not_broken_however_narrow_the_terminal(self, monkeypatch):
@@ -351,8 +388,126 @@ class TestSaid:
         names = [write_map(f"m{number}.nii") for number in range(3)]
         several = run("extract", *names, *BOTH, "-o", "out")
         alone = run("extract", names[0], *BOTH, "-o", "out")
-        assert re.search(r"maps .*3/3", plain(several.stderr))
+        assert "━ 0 of 3 maps" in plain(several.stderr)
+        assert re.search(r"━ 3 of 3 maps; summing up\s*3 maps: 3 done", plain(several.stderr))
+        assert "looking for maps" in alone.stderr
         assert "━" not in alone.stderr
+
+
+class TestProgress:
+    """What is said while maps are worked on, by a clock that stands still unless it is set."""
+
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        clock = SimpleNamespace(now=1000.0)
+        clock.monotonic = lambda: clock.now
+        monkeypatch.setattr(watch, "time", clock)
+        return clock
+
+    @staticmethod
+    def ended(number=0, status="done", **rest):
+        source = str(Path.cwd() / f"m{number}.nii")
+        return Record(source, 1, 1, "digest", f"m{number}", status, **rest)
+
+    def test_a_line_now_and_then(self, clock, capsys):
+        watching = watch.Watch(console(stderr=True))
+        with watching:
+            watching(Progress(40_000, 0))
+            for n_done, n_failed, now in [
+                (1, 0, 1009.9),
+                (1197, 3, 1000 + 1200 / 210),
+                (1197, 3, 1010.0),
+                (1300, 3, 1019.9),
+                (1301, 3, 1020.1),
+                (39_990, 3, 1400.0),
+            ]:
+                clock.now = now
+                watching(Progress(40_000, 0, n_done, n_failed, self.ended()))
+        assert capsys.readouterr().err.splitlines() == [
+            "1,200 of 40,000 maps, 3 failed, 120 maps/s, 5 min left",
+            "1,304 of 40,000 maps, 3 failed, 65 maps/s, 10 min left",
+            "39,993 of 40,000 maps, 3 failed, 100 maps/s, 1 s left",
+        ]
+
+    def test_none_of_few_quick_maps(self, clock, capsys):
+        watching = watch.Watch(console(stderr=True))
+        with watching:
+            watching(Progress(2, 0))
+            clock.now += 9
+            watching(Progress(2, 0, 1, 0, self.ended()))
+            watching(Progress(2, 0, 2, 0, self.ended()))
+        assert capsys.readouterr().err == ""
+
+    @pytest.mark.parametrize(
+        ("n_done", "seconds", "said"),
+        [
+            (1, 120, "0.5 maps/min, 3 h 18 min left"),
+            (50, 20, "2.5 maps/s, 20 s left"),
+            (99, 0.001, "99,000 maps/s, 1 s left"),
+        ],
+    )
+    def test_speeds_and_times(self, clock, capsys, monkeypatch, n_done, seconds, said):
+        monkeypatch.setattr(watch, "_SECONDS_BETWEEN_LINES", 0)
+        watching = watch.Watch(console(stderr=True))
+        watching(Progress(100, 0))
+        clock.now += seconds
+        watching(Progress(100, 0, n_done, 0, self.ended()))
+        assert capsys.readouterr().err == f"{n_done} of 100 maps, {said}\n"
+
+    @pytest.mark.parametrize(
+        ("n_to_do", "n_skipped", "n_failed", "said"),
+        [
+            (0, 1, 0, ["The map is done already."]),
+            (0, 3, 0, ["All 3 maps are done already."]),
+            (2, 1, 0, ["1 of 3 maps is done already."]),
+            (3000, 37_000, 0, ["37,000 of 40,000 maps are done already."]),
+            (
+                0,
+                2,
+                1,
+                [
+                    "2 of 3 maps are done already.",
+                    "1 map failed before and did not change since; --retry-failed tries it again.",
+                ],
+            ),
+            (
+                4,
+                0,
+                2,
+                ["2 maps failed before and did not change since; --retry-failed tries them again."],
+            ),
+        ],
+    )
+    def test_what_need_not_be_done_is_said_once(self, capsys, n_to_do, n_skipped, n_failed, said):
+        watch.Watch(console(stderr=True))(Progress(n_to_do, n_skipped, 0, n_failed))
+        assert capsys.readouterr().err.splitlines() == said
+
+    def test_of_many_failures_and_warnings_the_first_are_shown(self, capsys):
+        watching = watch.Watch(console(stderr=True))
+        watching(Progress(30, 0))
+        for number in range(30):
+            record = self.ended(
+                number, "failed", error="OSError", message="gone.", warnings=("odd.",)
+            )
+            watching(Progress(30, 0, 0, number + 1, record))
+        lines = capsys.readouterr().err.splitlines()
+        failures = [line for line in lines if line.startswith("failed")]
+        assert failures == [f"failed: m{number}.nii: gone." for number in range(20)] + [
+            "failed: one more; from here on they are only counted."
+        ]
+        assert sum(line.startswith("warning") for line in lines) == 21
+        assert watching.n_warnings == 30
+
+    def test_lines_of_a_real_run(self, monkeypatch):
+        monkeypatch.setattr(watch, "_SECONDS_BETWEEN_LINES", 0)
+        names = [write_map(f"m{number}.nii") for number in range(3)]
+        lines, last = complaints(run("extract", *names, *BOTH, "-o", "out"))
+        assert [line.split(",")[0] for line in lines] == [
+            "1 of 3 maps",
+            "2 of 3 maps",
+            "3 of 3 maps; summing up",
+        ]
+        assert last == "3 maps: 3 done, 6 regions (out/regions.tsv)"
 
 
 def test_local_regions_takes_its_own_parameters():
@@ -385,71 +540,132 @@ def test_an_outcome_of_the_size_filter_is_named():
 
 
 class TestFailures:
-    def test_a_lost_device_stops_the_run(self, monkeypatch):
-        def lost(*arguments):
-            raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access")
+    @pytest.fixture
+    def lost_device(self, monkeypatch):
+        """Let the first device that regions are looked for on fail; another is the CPU."""
+        devices = []
 
-        monkeypatch.setattr("gpuroi.pipeline.extract_maps", lost)
-        monkeypatch.setattr(backends.get_backend(), "name", "cuda", raising=False)
-        result = run("extract", write_map("a.nii"), write_map("b.nii"), "-o", "out")
+        class Lost(Finder):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                if not devices:
+                    self.computed_by = SimpleNamespace(name="cuda")
+                devices.append(self)
+
+            def __call__(self, batch):
+                if self is devices[0]:
+                    raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access.")
+                return super().__call__(batch)
+
+        monkeypatch.setattr("gpuroi.cohort._tasks.Finder", Lost)
+
+    @pytest.mark.usefixtures("lost_device")
+    def test_a_lost_device_stops_the_run(self):
+        result = run("extract", write_map("a.nii"), *BOTH, "-o", "out", report=True)
         assert result.exit_code == 1
-        assert "error: a.nii: cudaErrorIllegalAddress" in result.stderr
-        assert "b.nii" not in result.stderr
-        assert written() == []
+        assert result.stderr == (
+            "error: the device failed: cudaErrorIllegalAddress: an illegal memory access. What is "
+            "done is kept; run again to go on, or say that the CPU is to take its place "
+            "(--on-gpu-error cpu).\n"
+        )
+        assert result.stdout == ""
+        assert written() == [".gpuroi"]
+
+    @pytest.mark.usefixtures("lost_device")
+    def test_the_cpu_takes_its_place_when_asked(self):
+        result = run("extract", write_map("a.nii"), *BOTH, "--on-gpu-error", "cpu", "-o", "out")
+        assert result.exit_code == 0
+        assert "2 regions of at least 0 mm³ at |value| ≥ 3 (threshold 3, cpu)" in result.stdout
 
     def test_a_bad_map_does_not_stop_the_others(self):
         names = [write_map("a.nii"), "bad.nii.gz", "missing.nii", write_map("z.nii.gz")]
         Path("bad.nii.gz").write_bytes(Path("z.nii.gz").read_bytes()[:-20])
         result = run("extract", *names, *BOTH, "-o", "out")
         assert result.exit_code == 1
-        assert written() == outputs("a", "z")
-        assert re.fullmatch(
-            r"failed: bad\.nii\.gz: expected a whole gzip stream, .*\n"
-            r"failed: missing\.nii: no such file\.\n"
-            r"2 of 4 maps failed; the others are in out\.\n",
-            result.stderr,
-        )
+        assert written() == outputs("a", "z", others=["failures.tsv"])
+        lines, last = complaints(result)
+        bad, missing = sorted(lines)
+        assert bad.startswith("failed: bad.nii.gz: expected a whole gzip stream, ")
+        assert missing == "failed: missing.nii: no such file."
+        assert last == "4 maps: 2 done, 2 failed (out/failures.tsv), 4 regions (out/regions.tsv)"
         assert result.stdout.count("2 regions of at least") == 2
 
     def test_an_error_that_nobody_foresaw_is_one_maps(self, monkeypatch):
-        from gpuroi import io
-
-        read_maps = io.read_maps
-
         def read(source):
-            if source.name == "b.nii":
-                raise KeyError("scl_slope")
-            return read_maps(source)
+            raise KeyError("scl_slope")
 
         monkeypatch.setattr("gpuroi.io.read_maps", read)
-        names = [write_map("a.nii"), write_map("b.nii"), write_map("c.nii")]
-        result = run("extract", *names, *BOTH, "-o", "out")
+        result = run("extract", write_map("b.nii"), *BOTH, "-o", "out")
         assert result.exit_code == 1
-        assert written() == outputs("a", "c")
-        assert "failed: b.nii: KeyError: 'scl_slope'\n" in result.stderr
+        assert complaints(result)[0] == ["failed: b.nii: KeyError: 'scl_slope'"]
+
+    def test_one_without_a_message_is_named(self, monkeypatch):
+        def read(source):
+            raise AssertionError
+
+        monkeypatch.setattr("gpuroi.io.read_maps", read)
+        result = run("extract", write_map("b.nii"), *BOTH, "-o", "out")
+        assert complaints(result)[0] == ["failed: b.nii: AssertionError"]
 
     def test_all_bad(self):
         result = run("extract", "missing.nii", "-o", "out")
         assert result.exit_code == 1
-        assert result.stderr == "failed: missing.nii: no such file.\n1 of 1 maps failed.\n"
+        assert complaints(result) == (
+            ["failed: missing.nii: no such file."],
+            "1 map: 0 done, 1 failed (out/failures.tsv), 0 regions",
+        )
         assert result.stdout == ""
-        assert written() == []
+        assert written() == outputs(others=["failures.tsv"])
 
     def test_a_reason_without_the_map_is_given_its_name(self, monkeypatch):
-        def full(path, **options):
+        def broken(*arguments, **options):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        Path("in").mkdir()
+        monkeypatch.setattr("gpuroi.cohort._outputs.io.write_bytes", broken)
+        monkeypatch.setattr("gpuroi.cohort._summary.io.write_text", lambda *_: None)
+        result = run("extract", write_map("in/m.nii"), *BOTH, "-o", "out")
+        assert result.exit_code == 1
+        assert complaints(result)[0] == ["failed: in/m.nii: [Errno 5] Input/output error"]
+
+    @pytest.mark.parametrize(
+        "name", ["gpuroi.cohort._outputs.io.write_bytes", "gpuroi.cohort._summary.io.write_text"]
+    )
+    def test_a_full_disk_stops_the_run(self, monkeypatch, name):
+        def full(*arguments, **options):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr("gpuroi.io.atomic_writer", full)
-        result = run("extract", write_map("m.nii"), *BOTH, "-o", "out")
+        monkeypatch.setattr(name, full)
+        result = run("extract", write_map("m.nii"), *BOTH, "-o", "out", report=True)
         assert result.exit_code == 1
-        assert result.stderr.startswith("failed: m.nii: [Errno 28] No space left on device\n")
+        assert re.match("error: .*No space left on device", result.stderr)
+        assert ("Make room, and run again to go on." in result.stderr) == ("_outputs" in name)
+        assert result.stderr.count("\n") == 1
+        assert result.stdout == ""
+
+    def test_a_folder_that_another_run_writes_to(self):
+        with Ledger(Path("out"), None):
+            result = run("extract", write_map("m.nii"), "-o", "out")
+        assert result.exit_code == 2
+        assert re.fullmatch(
+            r"error: .*/out is in use by another run; wait for it, or write to another folder\.\n",
+            result.stderr,
+        )
+
+    def test_our_own_mistakes_have_a_traceback(self, monkeypatch):
+        def wrong(*arguments):
+            raise TypeError("unsupported operand")
+
+        monkeypatch.setattr("gpuroi.cohort._run.write_summary", wrong)
+        with pytest.raises(TypeError, match="unsupported operand"):
+            run("extract", write_map("m.nii"), "-o", "out")
 
     def test_a_folder_in_the_way_of_a_label_image(self):
         Path("out/a_desc-regions_dseg.nii.gz").mkdir(parents=True)
         result = run("extract", write_map("a.nii"), write_map("b.nii"), *BOTH, "-o", "out")
         assert result.exit_code == 1
         assert re.match(r"failed: a\.nii: .*a_desc-regions_dseg\.nii\.gz", result.stderr)
-        assert written() == ["a_desc-regions_dseg.nii.gz", *outputs("b")]
+        assert written() == outputs("b", others=["a_desc-regions_dseg.nii.gz", "failures.tsv"])
 
     def test_an_unreadable_map_is_one_bad_map(self):
         Path(write_map("a.nii")).chmod(0)
@@ -458,7 +674,7 @@ class TestFailures:
         result = run("extract", "a.nii", write_map("b.nii"), *BOTH, "-o", "out")
         assert result.exit_code == 1
         assert "failed: [Errno 13] Permission denied: 'a.nii'" in result.stderr
-        assert written() == outputs("b")
+        assert written() == outputs("b", others=["failures.tsv"])
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -485,16 +701,33 @@ class TestFailures:
             (["m.nii", "--mask", "no.nii"], "'--mask': .*'no.nii' does not exist"),
             (["m.nii", "--mask", "."], "'--mask': .*'.' is a directory"),
             (["m.nii", "-o", "m.nii"], "'--output' / '-o': .*'m.nii' is a file"),
-            (["m.nii", "-o", "m.nii/out"], r"Not a directory: 'm\.nii/out'"),
+            (["m.nii", "-o", "m.nii/out"], r"Not a directory: '.*/m\.nii/out'"),
             (["m.nii", "a/m.nii.gz"], "m.nii and a/m.nii.gz would both write m_desc-regions_dseg"),
-            (["m.nii", "m.nii"], "would both write .*; extract them into separate folders"),
+            (["m.nii", "sub/../x/m.nii"], "would both write .* or extract them into separate"),
+            (["x*.nii"], r"x\*\.nii: there is no map here"),
+            (["@no.txt"], r"the list no\.txt cannot be read: No such file or directory"),
+            (["m.nii", "--task", "rest"], r"no map has task-rest in its name"),
+            (["m.nii", "--shard", "3"], "--shard '3' is not i/n; pass, say, 3/16 for the third"),
+            (["m.nii", "--shard", "1/2/3"], "--shard '1/2/3' is not i/n"),
+            (["m.nii", "--shard", "-1/2"], "--shard '-1/2' is not i/n"),
+            (["m.nii", "--shard", "0/2"], r"shard 0/2 does not exist; pass 1/2 and on\."),
+            (["m.nii", "--shard", "3/2"], r"shard 3/2 does not exist"),
+            (["m.nii", "--shard", "1/2", "--report"], "--report and --shard do not go together"),
+            (["m.nii", "--limit", "0"], "limit=0 leaves nothing to do; pass a number of maps >= 1"),
+            (["m.nii", "--jobs", "0"], "jobs=0 is not a number >= 1"),
+            (["m.nii", "--jobs", "2", "--dask", "x:1"], "--jobs and --dask do not go together"),
+            (["m.nii", "--batch-size", "0"], "--batch-size '0' is neither auto nor a number of"),
+            (["m.nii", "--batch-size", "many"], "--batch-size 'many' is neither auto nor"),
+            (["m.nii", "--on-gpu-error", "go"], "on_gpu_error='go' is neither 'stop' nor 'cpu'"),
+            (["m.nii", "--dask", "s.json"], r"--dask 's\.json' is neither the address of a sched"),
             (["m.img", "M.hdr", "m.HDR"], "m.img and m.HDR would both write m_desc-regions_dseg"),
             (["m.nii", "--nonsense"], "No such option: --nonsense"),
         ],
     )
     def test_what_cannot_be_meant_is_refused_before_anything_is_done(self, arguments, message):
         write_map("m.nii")
-        result = run("extract", *(["-o", "out"] if "-o" not in arguments else []), *arguments)
+        out = ["-o", "out"] if "-o" not in arguments else []
+        result = run("extract", *out, *arguments, report=True)
         assert result.exit_code == 2
         assert re.search(message, plain(result.stderr))
         assert result.stdout == ""
@@ -507,7 +740,9 @@ class TestFailures:
             pytest.skip("this user may write everywhere")
         result = run("extract", write_map("m.nii"), "-o", folder)
         assert result.exit_code == 2
-        assert re.search("'closed' is not writable|Permission denied: 'closed/out'", result.stderr)
+        assert re.search(
+            "'closed' is not writable|Permission denied: '.*closed/out'", result.stderr
+        )
 
     def test_a_backend_that_cannot_run_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "cupy", None)
@@ -531,8 +766,11 @@ class TestReport:
         names = [write_map("a.nii"), write_map("b.nii", DATA * 2)]
         said = succeed("extract", *names, *BOTH, "-o", "out", report=True)
         assert said.splitlines()[-1] == "The report is out/report.html"
-        assert written() == [*outputs("a", "b"), "overlap.nii.gz", "report.html"]
+        assert written() == outputs("a", "b", others=["report.html"])
         np.testing.assert_array_equal(read_labels("out/overlap.nii.gz"), 2 * (DATA != 0))
+        page = Path("out/report.html").read_text()
+        assert '<a href="overlap.nii.gz">' in page
+        assert page.index(">a</a>") < page.index(">b</a>")
 
     def test_none_where_it_is_not_wanted(self):
         said = succeed("extract", write_map("a.nii"), *BOTH, "-o", "out")
@@ -546,11 +784,11 @@ class TestReport:
         else:
             names = [write_map(f"m{number}.nii") for number in range(51)]
         said = succeed("extract", *names, *BOTH, "-o", "out", report=True)
-        assert said.splitlines()[-1] == "More than 50 maps: --report writes a report, too."
-        assert len(written()) == 3 * 51
-        said = succeed("extract", *names, *BOTH, "-o", "out", "--report", report=True)
-        assert said.splitlines()[-1] == "The report is out/report.html"
-        assert len(written()) == 3 * 51 + 3  # the page, the overlap and a folder
+        assert said == "More than 50 maps: --report writes a report, too.\n"
+        assert len(written()) == 3 * 51 + 4
+        result = run("extract", *names, *BOTH, "-o", "out", "--report", report=True)
+        assert (result.exit_code, result.stdout) == (0, "The report is out/report.html\n")
+        assert len(written()) == 3 * 51 + 6  # the page, and a folder
         assert len(written("out/report_data")) == 51
 
     def test_failures_are_in_it_and_the_exit_code_stays(self):
@@ -562,19 +800,9 @@ class TestReport:
     def test_of_nothing_but_failures(self):
         result = run("extract", "missing.nii", "-o", "out", report=True)
         assert result.exit_code == 1
-        assert result.stderr == "failed: missing.nii: no such file.\n1 of 1 maps failed.\n"
-        assert written() == ["report.html"]
+        assert result.stdout == "The report is out/report.html\n"
+        assert written() == outputs(others=["failures.tsv", "report.html"])
         assert "missing.nii: no such file." in Path("out/report.html").read_text()
-
-    def test_of_a_lost_device(self, monkeypatch):
-        def lost(*arguments):
-            raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access")
-
-        monkeypatch.setattr("gpuroi.pipeline.extract_maps", lost)
-        monkeypatch.setattr(backends.get_backend(), "name", "cuda", raising=False)
-        result = run("extract", write_map("a.nii"), "-o", "out", report=True)
-        assert result.exit_code == 1
-        assert "cudaErrorIllegalAddress" in Path("out/report.html").read_text()
 
     @pytest.mark.parametrize("step", ["add", "write"])
     def test_one_that_cannot_be_written_loses_no_results(self, step, monkeypatch):
@@ -585,10 +813,14 @@ class TestReport:
         names = [write_map("a.nii"), write_map("b.nii")]
         result = run("extract", *names, *BOTH, "-o", "out", report=True)
         assert result.exit_code == 1
-        assert result.stderr == (
-            "error: the report could not be written ([Errno 28] No space left on device: "
-            "'report.html'); the results are complete.\n"
+        assert complaints(result) == (
+            [
+                "error: the report could not be written ([Errno 28] No space left on device: "
+                "'report.html'); the results are complete."
+            ],
+            "2 maps: 2 done, 4 regions (out/regions.tsv)",
         )
+        assert result.stdout.count("2 regions of at least") == 2
         assert written() == outputs("a", "b")
 
     def test_again_replaces_it(self):
@@ -630,7 +862,7 @@ class TestProgram:
             (["--help"], ["extract", "devices", "--version"]),
             (
                 ["extract", "--help"],
-                ["[MAP]...", "--output", "--sample", "97%", "mm^3", "_vol-0000"],
+                ["[INPUT]...", "--output", "--sample", "97%", "mm^3", "_vol-0000"],
             ),
             (["devices", "--help"], ["which backends can run here"]),
         ],
@@ -672,5 +904,5 @@ class TestProgram:
         assert done.returncode == 1
         assert "out/m_desc-regions_dseg.nii.gz: 2 regions of at least 0 mm" in done.stdout
         assert ("|value| ≥ 3" in done.stdout) == (encoding == "utf-8")
-        assert re.match(r"failed: b.+d\.nii: no such file\.\n1 of 2 maps failed", done.stderr)
-        assert written() == [*outputs("m"), "report.html"]
+        assert re.match(r"failed: b.+d\.nii: no such file\.\n2 maps: 1 done, 1 failed", done.stderr)
+        assert written() == outputs("m", others=["failures.tsv", "report.html"])
