@@ -341,6 +341,7 @@ def finish(
         cutoff=found.cutoff,
         provenance={
             "source": source.name,
+            "source_sha256": source.sha256,
             "shape": list(source.data.shape),
             "voxel_volume_mm3": source.voxel_volume_mm3,
             "dtype": str(source.data.dtype),

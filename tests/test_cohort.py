@@ -156,11 +156,24 @@ class TestResults:
                 assert written.read_bytes() == expected
             total += alone.labels > 0
             rows += [stem] * len(alone)
+            sidecar = json.loads((tmp_path / "out" / f"{stem}_desc-regions_dseg.json").read_text())
+            assert sidecar["source_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         table = pd.read_csv(report.summary["regions"], sep="\t")
         assert table["map"].tolist() == rows
         np.testing.assert_array_equal(nib.load(report.summary["overlap"]).dataobj, total)
+
+    def test_the_description_says_what_the_maps_were_made_of(self, cohort, tmp_path):
+        report = extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1)
         description = json.loads(report.summary["description"].read_text())
         assert description["DatasetType"] == "derivative"
+        assert description["GeneratedBy"][0]["Version"] == gpuroi.__version__
+        assert description["SourceDatasets"] == [{"URL": cohort.as_uri()}]
+        (cohort / "dataset_description.json").write_text('{"DatasetDOI": "doi:10.1/x"}')
+        # Files, which are of a dataset.
+        paths = sorted((cohort / "group-1").rglob("*.nii.gz"))
+        report = extract_cohort(paths, tmp_path / "other", RECIPE, jobs=1)
+        described = json.loads(report.summary["description"].read_text())["SourceDatasets"]
+        assert described == [{"URL": cohort.as_uri(), "DOI": "doi:10.1/x"}]
 
     def test_series_of_maps(self, tmp_path, blobs):
         volumes = [blobs(seed=seed) for seed in range(3)]

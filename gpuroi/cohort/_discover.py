@@ -75,11 +75,12 @@ def find_maps(
     first, step = (0, 1) if shard is None else (_first_of_shard(*shard), shard[1])
     wanted = _wanted(entities or {})
     has_entities = _entity_filter(wanted)
+    outside = "\0" if besides is None else os.path.join(os.path.abspath(besides), "")
     found: dict[str, MapFile] = {}
     for source in inputs:
         named = 0
         for one in _named_by(os.fspath(source)):
-            if besides is not None and Path(one.source).is_relative_to(besides):
+            if one.source.startswith(outside):
                 continue
             named += 1
             if has_entities(one.source):
@@ -113,7 +114,7 @@ def _named_by(source: str) -> Iterator[MapFile]:
         return
     path = os.path.expanduser(source)
     if os.path.isdir(path) and not source.endswith(_IN_FOLDERS):
-        yield from _in_folder(Path(path))
+        yield from _in_folder(path)
     elif glob.has_magic(source) and not os.path.exists(path):
         for match in sorted(glob.glob(path, recursive=True)):
             yield from _named_by(match)
@@ -131,15 +132,21 @@ def _listed(path: str) -> Iterator[MapFile]:
             yield from _named_by(line.strip())
 
 
-def _in_folder(folder: Path) -> Iterator[MapFile]:
-    parse = _bids_parser() if (folder / DESCRIPTION).is_file() else None
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if not path.name.endswith(_IN_FOLDERS) or any(p.startswith(".") for p in inside.parts):
-            continue
-        if parse is None or parse(path.name)["suffix"] in MAP_SUFFIXES:
-            stem = (inside.parent / stem_of(path.name)).as_posix()
-            yield MapFile(os.fspath(path), os.path.abspath(path), stem)
+def _in_folder(folder: str) -> Iterator[MapFile]:
+    """Yield the maps of a folder, of a BIDS dataset the statistical ones, hidden files left out."""
+    parse = _bids_parser() if os.path.isfile(os.path.join(folder, DESCRIPTION)) else None
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = os.path.relpath(parent, folder).replace(os.sep, "/")
+        # A folder may be called like a file: it is a failure to tell, not a place to look in.
+        for name in sorted([*names, *(name for name in folders if name.endswith(_IN_FOLDERS))]):
+            if name.startswith(".") or not name.endswith(_IN_FOLDERS):
+                continue
+            if parse is None or parse(name)["suffix"] in MAP_SUFFIXES:
+                path = os.path.join(parent, name)
+                stem = stem_of(name) if inside == "." else f"{inside}/{stem_of(name)}"
+                yield MapFile(path, os.path.abspath(path), stem)
+        folders[:] = [name for name in folders if not name.endswith(_IN_FOLDERS)]
 
 
 def stem_of(path: str | os.PathLike[str]) -> str:

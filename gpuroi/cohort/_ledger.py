@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -34,7 +34,7 @@ class Record:
     warnings: tuple[str, ...] = ()
 
 
-_FIELDS = {field.name for field in fields(Record)}
+_FIELDS = tuple(field.name for field in fields(Record))
 
 
 class FolderInUseError(GpuroiError, RuntimeError):
@@ -86,7 +86,8 @@ class Ledger:
         assert self._stream is not None
         end = self._stream.tell()
         try:
-            self._stream.write(json.dumps(asdict(record), sort_keys=True).encode() + b"\n")
+            fields = {name: getattr(record, name) for name in _FIELDS}
+            self._stream.write(json.dumps(fields).encode() + b"\n")
             self._stream.flush()
         except OSError:
             os.ftruncate(self._stream.fileno(), end)

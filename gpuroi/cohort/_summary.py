@@ -124,12 +124,19 @@ def _description(made: list[Record]) -> str:
 
 def _source_datasets(made: list[Record]) -> list[dict[str, Any]]:
     """Return the BIDS datasets that the maps are of; of the others, the folder they all are in."""
+
+    @cache  # for this call: a folder may become a dataset
+    def dataset_of(folder: Path) -> Path | None:
+        if (folder / DESCRIPTION).is_file():
+            return folder
+        return None if folder.parent == folder else dataset_of(folder.parent)
+
     folders = {Path(record.source).parent for record in made}
-    datasets = {_dataset_of(folder) for folder in folders}
-    others = [os.fspath(folder) for folder in folders if _dataset_of(folder) is None]
+    others = [os.fspath(folder) for folder in folders if dataset_of(folder) is None]
+    roots = {root for root in map(dataset_of, folders) if root is not None}
     if others:
-        datasets.add(Path(_common_folder(others)))
-    return [_source_dataset(root) for root in sorted(root for root in datasets if root is not None)]
+        roots.add(Path(_common_folder(others)))
+    return [_source_dataset(root) for root in sorted(roots)]
 
 
 def _common_folder(folders: list[str]) -> str:
@@ -137,14 +144,6 @@ def _common_folder(folders: list[str]) -> str:
         return os.path.commonpath(folders)
     except ValueError:  # on several drives
         return min(folders)
-
-
-@cache
-def _dataset_of(folder: Path) -> Path | None:
-    """Return the nearest folder above that is a BIDS dataset."""
-    if (folder / DESCRIPTION).is_file():
-        return folder
-    return None if folder.parent == folder else _dataset_of(folder.parent)
 
 
 def _source_dataset(root: Path) -> dict[str, Any]:
