@@ -4,9 +4,14 @@ import errno
 import json
 import os
 import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import entry_points
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +25,7 @@ from typer.testing import CliRunner
 
 import gpuroi
 from gpuroi import backends, cli, watch
-from gpuroi.cohort import Progress
+from gpuroi.cohort import Progress, extract_cohort
 from gpuroi.cohort._ledger import Ledger, Record
 from gpuroi.datasets import load_sample_motor_activation_image
 from gpuroi.pipeline import Finder
@@ -510,6 +515,264 @@ class TestProgress:
         assert last == "3 maps: 3 done, 6 regions (out/regions.tsv)"
 
 
+class TestWhichMaps:
+    @pytest.fixture
+    def tree(self):
+        """Write four maps into a folder with folders."""
+        for name in ("a.nii", "sub/b.nii.gz", "sub/c.nii", "sub/deep/a.nii"):
+            Path("maps", name).parent.mkdir(parents=True, exist_ok=True)
+            write_map(f"maps/{name}")
+        return ["a", "sub/b", "sub/c", "sub/deep/a"]
+
+    @staticmethod
+    def extracted(*arguments):
+        """Return the maps that a run takes, in its order."""
+        said = succeed("extract", *arguments, *BOTH, "-o", "out")
+        return re.findall(r"^out/(.*)_desc-regions_dseg\.nii\.gz: 2 regions", said, re.MULTILINE)
+
+    def test_folders_keep_their_folders(self, tree):
+        assert self.extracted("maps") == tree
+        assert written("out/sub/deep") == files_of("a")
+
+    def test_patterns_and_lists(self, tree):
+        assert self.extracted("maps/sub/*.nii*") == ["b", "c"]
+        shutil.rmtree("out")
+        Path("some.txt").write_text("# a comment\nmaps/sub/c.nii\n\nmaps/a.nii\n")
+        assert self.extracted("@some.txt") == ["c", "a"]
+
+    def test_an_empty_folder_is_an_error(self):
+        Path("none").mkdir()
+        result = run("extract", "none")
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: none: there is no map here; name NIfTI files, ")
+
+    @pytest.fixture
+    def dataset(self):
+        """Write a BIDS derivative of two participants, two tasks, two contrasts and two stats."""
+        folder = Path("glm")
+        folder.mkdir()
+        (folder / "dataset_description.json").write_text("{}")
+        for subject, task, contrast, stat in product(
+            ("01", "02"), ("motor", "rest"), ("left", "right"), ("t", "z")
+        ):
+            (folder / f"sub-{subject}").mkdir(exist_ok=True)
+            write_map(
+                f"glm/sub-{subject}/sub-{subject}_task-{task}_contrast-{contrast}_stat-{stat}"
+                "_statmap.nii"
+            )
+        write_map("glm/sub-01/sub-01_task-rest_bold.nii")
+        return "glm"
+
+    @pytest.mark.parametrize(
+        ("options", "n_maps", "matches"),
+        [
+            ((), 16, "sub-"),
+            (("--participant-label", "01"), 8, "sub-01_"),
+            (("--participant_label", "sub-02"), 8, "sub-02_"),
+            (("--participant-label", "01", "--participant_label", "02"), 16, "sub-"),
+            (("--task", "rest"), 8, "_task-rest_"),
+            (("--contrast", "left", "--stat", "t"), 4, "_contrast-left_stat-t_"),
+            (("--stat", "z", "--stat", "t", "--task", "motor"), 8, "_task-motor_"),
+        ],
+    )
+    def test_bids_datasets_by_their_names(self, dataset, options, n_maps, matches):
+        maps = self.extracted(dataset, *options)
+        assert len(maps) == n_maps
+        assert [name for name in maps if matches not in name] == []
+
+    def test_shards_share_the_maps(self, tree):
+        whole = self.extracted("maps")
+        alone = contents()
+        shutil.rmtree("out")
+        parts = []
+        for number in (1, 2, 3):
+            parts.append(self.extracted("maps", "--shard", f"{number}/3"))
+            assert Path("out/regions.tsv").exists() == (number == 3)
+        assert parts == [whole[0::3], whole[1::3], whole[2::3]]
+        assert contents() == alone
+        result = run("extract", "maps", *BOTH, "-o", "out", report=True)
+        assert complaints(result) == (
+            ["All 4 maps are done already."],
+            "4 maps: 4 done (all of them before), 8 regions (out/regions.tsv)",
+        )
+        assert result.stdout.endswith("The report is out/report.html\n")
+
+    def test_a_shard_has_no_report_and_may_be_empty(self):
+        write_map("m.nii")
+        result = run("extract", "m.nii", "--shard", "1/2", *BOTH, "-o", "out", report=True)
+        assert (result.exit_code, "report" in result.stdout) == (0, False)
+        result = run("extract", "m.nii", "--shard", "2/2", *BOTH, "-o", "out", report=True)
+        assert (result.exit_code, result.stdout) == (0, "")
+        assert result.stderr == "There is no map for this shard.\n"
+
+    def test_a_limit(self, tree):
+        assert self.extracted("maps", "--limit", 3) == tree[:3]
+
+
+class TestOptionsOfTheRun:
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        """Return what `extract_cohort` has been asked for."""
+        asked = {}
+
+        def extract(*arguments, **options):
+            asked.update(options)
+            return extract_cohort(*arguments, **options)
+
+        monkeypatch.setattr("gpuroi.cohort.extract_cohort", extract)
+        return asked
+
+    def test_defaults(self, asked):
+        succeed("extract", write_map("m.nii"), *BOTH, "-o", "out")
+        del asked["on_progress"]
+        assert asked == {
+            "entities": {"sub": [], "task": [], "contrast": [], "stat": []},
+            "shard": None,
+            "limit": None,
+            "jobs": None,
+            "batch_size": None,
+            "retry_failed": False,
+            "backend": "auto",
+            "on_gpu_error": "stop",
+            "client": None,
+        }
+
+    @pytest.mark.parametrize(
+        ("options", "name", "value"),
+        [
+            (("--jobs", 2), "jobs", 2),
+            (("--batch-size", 16), "batch_size", 16),
+            (("--batch-size", "auto"), "batch_size", None),
+            (("--on-gpu-error", "cpu"), "on_gpu_error", "cpu"),
+            (("--retry-failed",), "retry_failed", True),
+            (("--shard", "1/1"), "shard", (1, 1)),
+            (("--backend", "cpu"), "backend", "cpu"),
+        ],
+    )
+    def test_each_reaches_the_cohort(self, asked, options, name, value):
+        succeed("extract", write_map("m.nii"), *BOTH, "-o", "out", *options)
+        assert asked[name] == value
+
+    def test_processes_write_the_same(self):
+        names = [write_map(f"m{number}.nii", DATA * (number + 1)) for number in range(5)]
+        succeed("extract", *names, *BOTH, "-o", "one", "--jobs", 1)
+        succeed("extract", *names, *BOTH, "-o", "two", "--jobs", 2, "--batch-size", 2)
+        assert contents("one") == contents("two")
+
+
+class TestAgain:
+    def test_what_is_done_is_said_and_shown_again(self):
+        series = write_map("s.nii", np.stack([DATA, -DATA], axis=-1))
+        command = ("extract", write_map("a.nii"), series, *BOTH, "-o", "out", "--report")
+        first = run(*command, report=True)
+        before = contents()
+        again = run(*command, report=True)
+        assert again.stdout == first.stdout
+        assert first.stdout.count("┏") == 3
+        assert complaints(again) == (
+            ["All 2 maps are done already."],
+            "2 maps: 2 done (all of them before), 6 regions (out/regions.tsv)",
+        )
+        after = contents()
+        assert before.keys() == after.keys()
+        for name in before.keys() - {"report.html"}:  # which has its date
+            assert after[name] == before[name]
+
+    def test_other_parameters_do_all_again(self):
+        write_map("m.nii")
+        succeed("extract", "m.nii", *BOTH, "-o", "out")
+        said = succeed("extract", "m.nii", "--threshold", 5.5, "--min-region-size", 0, "-o", "out")
+        assert "1 regions of at least 0 mm³ at |value| ≥ 5.5" in said
+
+    def test_failures_stay_until_they_are_to_be_tried_again(self):
+        Path("bad.nii").touch()
+        command = ("extract", "bad.nii", write_map("m.nii"), *BOTH, "-o", "out")
+        failed = "failed: bad.nii: expected an image, found an empty file."
+        first = run(*command)
+        assert first.exit_code == 1
+        assert complaints(first)[0] == [failed]
+        second = run(*command)
+        assert second.exit_code == 1
+        assert complaints(second) == (
+            [
+                "1 of 2 maps is done already.",
+                "1 map failed before and did not change since; --retry-failed tries it again.",
+                failed,
+            ],
+            "2 maps: 1 done (all of them before), 1 failed (out/failures.tsv), 2 regions",
+        )
+        third = run(*command, "--retry-failed")
+        assert third.exit_code == 1
+        assert complaints(third)[0] == ["1 of 2 maps is done already.", failed]
+        assert len(Path("out/.gpuroi/ledger.jsonl").read_text().splitlines()) == 3
+
+    def test_a_map_that_is_gone_cannot_be_shown(self, monkeypatch):
+        def unreadable(prefix, volume):
+            raise OSError("stale file handle")
+
+        monkeypatch.setattr("gpuroi.saved.read_back", unreadable)
+        result = run("extract", write_map("m.nii"), *BOTH, "-o", "out")
+        assert result.exit_code == 1
+        assert complaints(result)[0] == [
+            "error: the tables cannot be shown (stale file handle); the results are complete."
+        ]
+        assert written() == outputs("m")
+
+    def test_interrupted_it_goes_on_where_it_was(self):
+        Path("maps").mkdir()
+        for number in range(400):
+            write_map(f"maps/m{number:03d}.nii")
+        command = ("extract", "maps", *BOTH, "-o", "out", "--jobs", "2")
+        running = subprocess.Popen(
+            [*IN_A_PROCESS, *command],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        ledger = Path("out/.gpuroi/ledger.jsonl")
+        while running.poll() is None and not (ledger.exists() and ledger.stat().st_size):
+            time.sleep(0.005)
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+        _, said = running.communicate()
+        assert (running.returncode, said) == (130, "interrupted; run again to go on\n")
+        assert list(Path("out").rglob("*.tmp")) == []
+        n_done = len(ledger.read_text().splitlines())
+        assert 0 < n_done < 400
+        lines, last = complaints(run(*command))
+        assert lines[0].endswith("of 400 maps are done already.")
+        assert last.startswith("400 maps: 400 done (")
+        succeed("extract", "maps", *BOTH, "-o", "calm")
+        assert contents("out") == contents("calm")
+
+
+class TestDask:
+    @pytest.fixture
+    def cluster(self):
+        distributed = pytest.importorskip("distributed")
+        options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+        with distributed.LocalCluster(**options, silence_logs=50) as cluster:
+            yield cluster
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")  # of distributed and tornado, about sockets that close
+    def test_a_scheduler_by_its_address_or_its_file(self, cluster):
+        names = [write_map(f"m{number}.nii") for number in range(3)]
+        address = cluster.scheduler_address
+        Path("scheduler.json").write_text(json.dumps({"address": address}))
+        for folder, where in (("one", address), ("other", "scheduler.json")):
+            succeed("extract", *names, *BOTH, "-o", folder, "--dask", where)
+        assert contents("one") == contents("other")
+        assert written("one") == outputs("m0", "m1", "m2")
+
+    def test_without_distributed_it_says_what_to_install(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "distributed", None)
+        result = run("extract", write_map("m.nii"), "-o", "out", "--dask", "localhost:8786")
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: --dask needs distributed, which cannot be imported")
+        assert result.stderr.endswith("pip install 'gpuroi[dask]'.\n")
+        assert written(".") == ["m.nii"]
+
+
 def test_local_regions_takes_its_own_parameters():
     rng = np.random.default_rng(0)
     path = write_map("noise.nii", rng.standard_normal((12, 13, 14)).astype(np.float32))
@@ -862,7 +1125,11 @@ class TestProgram:
             (["--help"], ["extract", "devices", "--version"]),
             (
                 ["extract", "--help"],
-                ["[INPUT]...", "--output", "--sample", "97%", "mm^3", "_vol-0000"],
+                [
+                    *("[INPUT]...", "--output", "--sample", "97%", "mm^3", "_vol-0000"),
+                    *("Which maps", "How", "Where it runs", "--participant-label"),
+                    *("--shard", "--dask", "one for each core", "OUT/failures.tsv"),
+                ],
             ),
             (["devices", "--help"], ["which backends can run here"]),
         ],
@@ -880,17 +1147,28 @@ class TestProgram:
         (script,) = entry_points(group="console_scripts", name="gpuroi")
         assert script.load() is cli.main
 
-    def test_help_loads_nothing_heavy(self):
+    @pytest.mark.parametrize("words", [["--help"], ["extract", "--help"]])
+    def test_help_loads_nothing_heavy(self, words):
         code = (
             "import sys\nfrom gpuroi.cli import main\n"
             "try:\n    main()\nfinally:\n    print(*sys.modules, file=sys.stderr)"
         )
-        command = (sys.executable, "-c", code, "--help")
+        command = (sys.executable, "-c", code, *words)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         loaded = {name.partition(".")[0] for name in done.stderr.split()}
         assert "typer" in loaded
         heavy = {"numpy", "scipy", "pandas", "nibabel", "matplotlib", "nilearn", "cupy", "cucim"}
         assert not heavy & loaded
+
+    def test_help_takes_less_than_three_tenths_of_a_second(self):
+        def seconds():
+            """Return a process's own time, which does not depend on what else runs here."""
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([*IN_A_PROCESS, "--help"], stdout=subprocess.DEVNULL, check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+        assert min(seconds() for _ in range(3)) < 0.3
 
     @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
     def test_a_real_process_on_a_terminal_of_any_encoding(self, encoding):
