@@ -15,9 +15,6 @@ EXTENSIONS = (".nii.gz", ".tsv", ".json")
 _ENDING = "_desc-regions_dseg"
 _NAME = re.compile(rf"(?P<stem>.+?)(_vol-\d{{4,}})?{_ENDING}(\.nii\.gz|\.tsv|\.json)")
 
-#: What `gpuroi.io.atomic_writer` calls a file until it is whole.
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.tmp")
-
 # No other map would fare better.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 

@@ -136,7 +136,10 @@ class Processes(Engine):
             return WorkerDiedError(f"the process that worked on it ended ({ending}).")
         self._n_early_deaths += 1
         if self._n_early_deaths > _MOST_EARLY_DEATHS:
-            raise WorkerDiedError(f"worker processes end before they begin ({ending}).")
+            raise WorkerDiedError(
+                f"worker processes end before they begin ({ending}); a script that starts them "
+                "must do so below if __name__ == '__main__':, since each reads the script anew."
+            )
         return WorkerDiedError("it had not begun.")
 
 

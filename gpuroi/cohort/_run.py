@@ -15,13 +15,14 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 
+from gpuroi import io
 from gpuroi.backends import Backend, environments, get_backend
 from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._consumer import Consumer
 from gpuroi.cohort._discover import MapFile, find_maps
 from gpuroi.cohort._engines import Engine, ThisProcess, WorkerDiedError, each_outcome
 from gpuroi.cohort._ledger import Ledger, Record
-from gpuroi.cohort._outputs import TEMPORARY, stem_of_output
+from gpuroi.cohort._outputs import stem_of_output
 from gpuroi.cohort._processes import Processes
 from gpuroi.cohort._summary import write_summary
 from gpuroi.cohort._tasks import Job, Tools, check, extract, failed, identify, make_tools
@@ -133,6 +134,8 @@ def extract_cohort(
     -----
     Whatever ends a run, even SIGKILL, the same call goes on with what is left. A map is done again
     if it, the parameters, the version of gpuroi or one of its outputs have changed.
+
+    In a script, call it below ``if __name__ == "__main__":``: processes read the script anew.
 
     Examples
     --------
@@ -330,6 +333,6 @@ def _remove_temporaries(folder: Path, maps: list[MapFile]) -> None:
     for below, stems in stems_of.items():
         if below.is_dir():
             for path in below.glob(".*.tmp"):
-                match = TEMPORARY.fullmatch(path.name)
+                match = io.TEMPORARY.fullmatch(path.name)
                 if match and stem_of_output(match["name"]) in stems:
                     path.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from gpuroi import io
 from gpuroi.cohort._discover import DESCRIPTION
 from gpuroi.cohort._engines import Engine, each_outcome, in_units
 from gpuroi.cohort._ledger import Record
-from gpuroi.cohort._outputs import TEMPORARY
 from gpuroi.cohort._tasks import Sum, sum_up
 from gpuroi.overlap import Overlap
 
@@ -42,7 +41,7 @@ def write_summary(
     failures = [record for record in made if record.status == "failed"]
     paths = {"description": folder / DESCRIPTION}
     for path in folder.glob(".*.tmp"):  # of a run that was killed in the middle of this
-        match = TEMPORARY.fullmatch(path.name)
+        match = io.TEMPORARY.fullmatch(path.name)
         if match and match["name"] in _NAMES:
             path.unlink(missing_ok=True)
     io.write_text(_description(made), paths["description"])
