@@ -37,7 +37,8 @@ def load_regions(path: str | PathLike[str], img: ImageLike) -> Regions:
     Raises
     ------
     InvalidMapError
-        If the files or the map cannot be read, or the map is on another grid than the labels.
+        If the files or the map cannot be read, or the map is another than the regions were made of,
+        by its checksum (of maps in memory, nothing but the grid is checked).
 
     Examples
     --------
@@ -87,6 +88,12 @@ def cutoff_of(provenance: Provenance) -> float:
 def read_back(prefix: Path, source: io.Map) -> Regions:
     """Return the regions saved to `prefix`, with the values of the map `source`."""
     provenance = provenance_of(prefix)
+    made_of = provenance.get("source_sha256")
+    if made_of is not None and source.sha256 not in (None, made_of):
+        raise InvalidMapError(
+            f"{prefix}.json: expected the map with the SHA-256 {made_of}, found another in "
+            f"{source.name}; pass the map that the regions were made of, or make them again."
+        )
     path = f"{prefix}.nii.gz"
     (labels,) = io.read_maps(path)
     shape = source.data.shape

@@ -205,6 +205,14 @@ class TestPage:
         ):
             assert f"<dt>{name}</dt><dd>{value}</dd>" in page
 
+    def test_what_is_of_one_map_stands_with_it(self, tmp_path):
+        page = written(tmp_path, *[found(two_regions())] * 2)
+        *of_maps, of_run = page.split("</section>")
+        assert {"source", "source_sha256", "cutoff"} <= names_in(of_maps[-1])
+        assert names_in(of_run) == {"backend", "device", "date"} | {
+            name for name in names_in(of_run) if name.startswith(("parameters: ", "versions: "))
+        }
+
     def test_the_same_bytes_every_time(self, tmp_path):
         pages = []
         for name in ("one", "other"):
@@ -223,6 +231,11 @@ class TestPage:
         assert [int(row[0]) for row in rows] == sorted(int(row[0]) for row in rows)
         text = (tmp_path / "report.html").read_text()
         assert f"{len(regions) - MOST_ROWS} smaller regions are in the table file only." in text
+
+
+def names_in(part):
+    """Return what is defined in a part of a page."""
+    return set(re.findall(r"<dt>(.*?)</dt>", part))
 
 
 class TestPayload:

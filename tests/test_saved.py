@@ -2,6 +2,7 @@
 
 import json
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -103,6 +104,16 @@ class TestErrors:
             with pytest.raises(InvalidMapError, match=r"expected labels on the grid of .*; pass"):
                 gpuroi.load_regions(prefix, other)
         assert gpuroi.load_regions(prefix, img)
+
+    def test_a_map_that_has_changed(self, tmp_path, blobs):
+        path, prefix = tmp_path / "m.nii.gz", tmp_path / "out" / "m_desc-regions_dseg"
+        nib.save(image(blobs()), path)
+        regions = gpuroi.extract_regions(path, "90%")
+        regions.save(prefix)
+        assert_same_regions(gpuroi.load_regions(prefix, path), regions)
+        nib.save(image(blobs(seed=1)), path)
+        with pytest.raises(InvalidMapError, match=r"found another in .*m\.nii\.gz; pass the map"):
+            gpuroi.load_regions(prefix, path)
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(InvalidMapError, match=r"x\.json: expected the provenance of regions"):

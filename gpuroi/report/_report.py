@@ -28,6 +28,7 @@ _SUFFIX = "_desc-regions_dseg.nii.gz"
 # These are one map's; the rest of a provenance is the run's.
 _OF_ONE_MAP = (
     "source",
+    "source_sha256",
     "shape",
     "voxel_volume_mm3",
     "dtype",
