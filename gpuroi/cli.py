@@ -52,7 +52,24 @@ def _program(
     pass
 
 
-@app.command()
+@app.command(
+    help=(
+        "Write the regions of each map: labels (.nii.gz), a table (.tsv) and provenance (.json)."
+        "\n\n"
+        "The files are named after the map: sub-01_tmap.nii.gz gives "
+        "OUT/sub-01_tmap_desc-regions_dseg.nii.gz, .tsv and .json; maps found in a folder keep "
+        "the folders below it; volumes of a 4-D map have _vol-0000, _vol-0001, ... before _desc."
+        "\n\n"
+        "Of two maps or more, OUT/regions.tsv is all tables in one, and OUT/overlap.nii.gz counts "
+        "in how many maps each voxel lies in a region. OUT/failures.tsv lists the maps that "
+        "failed. The same command once more goes on where it was stopped."
+        "\n\n"
+        "Exit code: 0 all maps done, 1 some failed or the run had to stop, 2 the command cannot "
+        "be carried out."
+    ),
+    # --participant_label, as BIDS Apps have it, and all other options that way, too.
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
+)
 def extract(
     inputs: Annotated[
         list[str] | None,
@@ -91,8 +108,6 @@ def extract(
     participant_label: Annotated[
         list[str] | None,
         typer.Option(
-            "--participant-label",
-            "--participant_label",
             metavar="LABEL",
             help="Only maps of this participant, by their BIDS names; with or without sub-. "
             "May be given more than once, as the next three.",
@@ -241,20 +256,7 @@ def extract(
         ),
     ] = None,
 ) -> None:
-    """Write the regions of each map: labels (.nii.gz), a table (.tsv) and provenance (.json).
-
-    The files are named after the map: sub-01_tmap.nii.gz gives
-    OUT/sub-01_tmap_desc-regions_dseg.nii.gz, .tsv and .json; maps found in a folder
-    keep the folders below it; volumes of a 4-D map have _vol-0000, _vol-0001, ...
-    before _desc.
-
-    Of two maps or more, OUT/regions.tsv is all tables in one, and OUT/overlap.nii.gz
-    counts in how many maps each voxel lies in a region. OUT/failures.tsv lists the maps
-    that failed. The same command once more goes on where it was stopped.
-
-    Exit code: 0 all maps done, 1 some failed or the run had to stop, 2 the command
-    cannot be carried out.
-    """
+    """Write the regions of maps; see the help above."""
     from gpuroi.cohort import extract_cohort
     from gpuroi.datasets import load_sample_motor_activation_image
     from gpuroi.recipe import make_recipe

@@ -23,6 +23,9 @@ _MOST_SHOWN = 50
 # More rows than these, a person no longer reads.
 _MOST_ROWS = 40
 
+# In which a table fits.
+_WIDTH = 80
+
 
 def console(*, stderr: bool = False) -> "Console":
     """Return a console that prints text as it is: brackets in file names are no markup."""
@@ -35,7 +38,12 @@ def say(console: "Console", word: str, message: str, style: str) -> None:
     """Print `message` after a coloured `word`, without breaking lines."""
     from rich.text import Text
 
-    console.print(Text(f"{word}: ", style).append(message, "default"), soft_wrap=True)
+    console.print(Text.assemble((f"{word}: ", style), message), soft_wrap=True)
+
+
+def counted(n: int, noun: str) -> str:
+    """Return `n` with its noun: 1 map, 40,000 maps."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 class Results:
@@ -139,11 +147,11 @@ def _show_line(screen: "Console", provenance: "Provenance", path: Path) -> None:
     asked, n_regions = provenance["parameters"], provenance["regions"]
     reach = {"both": "|value| ≥ ", "positive": "value ≥ ", "negative": "value ≤ -"}[asked["tail"]]
     heading = (
-        f": {n_regions} regions of at least {asked['min_region_size_mm3']:g} mm³ at "
+        f": {counted(n_regions, 'region')} of at least {asked['min_region_size_mm3']:g} mm³ at "
         f"{reach}{cutoff_of(provenance):.6g} (threshold {asked['threshold']}, "
         f"{provenance['backend']})"
     )
-    screen.print(Text(str(path), "bold").append(heading, "default"), soft_wrap=True)
+    screen.print(Text.assemble((str(path), "bold"), heading), soft_wrap=True)
     if n_regions == 0:
         screen.print(f"  Nothing found; {_why_nothing(provenance)}", soft_wrap=True)
 
@@ -165,6 +173,8 @@ def _show_table(screen: "Console", regions: "Regions", path: Path) -> None:
             f"{row.mean_value:.2f}",
             "yes" if row.touches_edge else "",
         )
+    # Digits that are cut off would be wrong ones: on a narrow terminal, lines go on below.
+    screen.width = max(screen.width, _WIDTH)
     screen.print(table)
     if len(regions) > _MOST_ROWS:
         table_name = path.name.removesuffix(".nii.gz") + ".tsv"

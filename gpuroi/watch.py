@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from gpuroi.screen import say
+from gpuroi.screen import counted, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -160,11 +160,6 @@ def outcome(cohort: "CohortReport", folder: Path, seconds: float) -> str:
 def _in_file(cohort: "CohortReport", kind: str, folder: Path) -> str:
     path = cohort.summary.get(kind)
     return "" if path is None else f" ({folder / path.name})"
-
-
-def counted(n: int, noun: str) -> str:
-    """Return `n` with its noun: 1 map, 40,000 maps."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def duration(seconds: float) -> str:

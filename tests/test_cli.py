@@ -388,6 +388,12 @@ class TestSaid:
         assert len(result.stdout.splitlines()) == 2
         assert len(result.stderr.splitlines()) == 2
 
+    def test_no_digit_is_cut_off_however_narrow_the_terminal(self, monkeypatch):
+        wide = succeed("extract", write_map("m.nii"), *BOTH, "-o", "out")
+        monkeypatch.setenv("COLUMNS", "30")
+        narrow = run("extract", "m.nii", *BOTH, "-o", "out").stdout
+        assert narrow == wide
+
     def test_a_bar_for_several_maps_on_a_terminal(self, monkeypatch):
         monkeypatch.setenv("FORCE_COLOR", "1")
         names = [write_map(f"m{number}.nii") for number in range(3)]
@@ -605,6 +611,11 @@ class TestWhichMaps:
         assert (result.exit_code, result.stdout) == (0, "")
         assert result.stderr == "There is no map for this shard.\n"
 
+    def test_every_option_has_both_spellings(self):
+        write_map("m.nii")
+        said = succeed("extract", "m.nii", "--min_region_size=0", "--threshold", 5.5, "-o", "out_x")
+        assert said.startswith("out_x/m_desc-regions_dseg.nii.gz: 1 region of at least 0 mm³")
+
     def test_a_limit(self, tree):
         assert self.extracted("maps", "--limit", 3) == tree[:3]
 
@@ -682,7 +693,7 @@ class TestAgain:
         write_map("m.nii")
         succeed("extract", "m.nii", *BOTH, "-o", "out")
         said = succeed("extract", "m.nii", "--threshold", 5.5, "--min-region-size", 0, "-o", "out")
-        assert "1 regions of at least 0 mm³ at |value| ≥ 5.5" in said
+        assert "1 region of at least 0 mm³ at |value| ≥ 5.5" in said
 
     def test_failures_stay_until_they_are_to_be_tried_again(self):
         Path("bad.nii").touch()
@@ -739,7 +750,7 @@ class TestAgain:
         n_done = len(ledger.read_text().splitlines())
         assert 0 < n_done < 400
         lines, last = complaints(run(*command))
-        assert lines[0].endswith("of 400 maps are done already.")
+        assert re.fullmatch(r"\d+ of 400 maps (is|are) done already\.", lines[0])
         assert last.startswith("400 maps: 400 done (")
         succeed("extract", "maps", *BOTH, "-o", "calm")
         assert contents("out") == contents("calm")
