@@ -364,12 +364,11 @@ class TestFailures:
             pytest.skip(f"no disk can be mounted here: {run.stderr.strip()}")
         assert run.returncode == 0, run.stderr
         full, read_only, found = json.loads(run.stdout)
-        assert full["error"] == f"{out} cannot be written to: No space left on device. " + (
-            "Make room, and run again to go on."
-        )
+        assert full["error"] == f"{out} cannot be written to: No space left on device."
         assert 0 < full["n_whole"] < 40
         assert (full["n_partial"], full["temporary"]) == (0, [])
         assert full["rows"] >= full["n_whole"] + 1  # a row, too, for what did not fit
+        assert full["failures"][1].endswith(f"OutputError\t{full['error']}")
         assert "Read-only file system" in read_only
         assert found == contents(tmp_path / "calm")
 
@@ -405,6 +404,7 @@ if __name__ == "__main__":
     full["n_whole"] = sum(n == 3 for n in files.values())
     full["n_partial"] = sum(n != 3 for n in files.values())
     full["temporary"] = [path.name for path in out.rglob("*.tmp")]
+    full["failures"] = (out / "failures.tsv").read_text().splitlines()
     full["rows"] = len((out / ".gpuroi" / "ledger.jsonl").read_text().splitlines())
     mount("remount,ro")
     read_only = run()

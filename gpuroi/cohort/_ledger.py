@@ -1,5 +1,6 @@
 """What has been done: one line a map, appended by one process, read back by the next run."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from typing import IO, Any, Literal
 
 from filelock import FileLock, Timeout
 
-from gpuroi.errors import GpuroiError
+from gpuroi.errors import GpuroiError, OutputError
 
 _FOLDER = ".gpuroi"
+
+# Given up on a disk that is full, so that there is room to say what did not fit.
+_RESERVED_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,26 @@ class FolderInUseError(GpuroiError, RuntimeError):
     """Another run writes to the folder."""
 
 
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of a disk that is full or read-only, on which nothing else fares better either.
+
+    Raises
+    ------
+    OutputError
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise OutputError(f"{folder} cannot be written to: {error.strerror}.") from error
+
+
 class Ledger:
     """The records of an output folder; those of other shards can be read, not added to.
+
+    On a disk that is full there is a reserve for what is still to be said.
 
     Attributes
     ----------
@@ -57,6 +79,7 @@ class Ledger:
         (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
         self._path = folder / _FOLDER / f"{name}.jsonl"
         self._lock = _lock(self._path)
+        self._reserve = self._path.with_suffix(".reserve")
         self._stream: IO[bytes] | None = None
         self.records: dict[str, Record] = {}
 
@@ -67,7 +90,8 @@ class Ledger:
             raise FolderInUseError(
                 f"{self.folder} is in use by another run; wait for it, or write to another folder."
             ) from error
-        self._stream = self._path.open("ab")
+        self._stream = self._path.open("ab", buffering=0)
+        self._reserve.write_bytes(bytes(_RESERVED_BYTES))
         if self._stream.tell():
             with self._path.open("rb") as written:
                 written.seek(-1, os.SEEK_END)
@@ -79,20 +103,32 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         assert self._stream is not None
         self._stream.close()
+        self.give_up_reserve()
         self._lock.release()
 
     def add(self, record: Record) -> None:
         """Append `record`, whole or not at all."""
+        fields = {name: getattr(record, name) for name in _FIELDS}
+        line = json.dumps(fields).encode() + b"\n"
+        try:
+            self._append(line)
+        except OSError:
+            self.give_up_reserve()
+            self._append(line)
+        self.records[record.source] = record
+
+    def give_up_reserve(self) -> None:
+        """Make the last room there is."""
+        self._reserve.unlink(missing_ok=True)
+
+    def _append(self, line: bytes) -> None:
         assert self._stream is not None
         end = self._stream.tell()
         try:
-            fields = {name: getattr(record, name) for name in _FIELDS}
-            self._stream.write(json.dumps(fields).encode() + b"\n")
-            self._stream.flush()
+            self._stream.write(line)
         except OSError:
             os.ftruncate(self._stream.fileno(), end)
             raise
-        self.records[record.source] = record
 
     def read(self) -> None:
         """Take the records of all shards from the disk."""

@@ -1,22 +1,17 @@
 """The files of a map: their names, and whether they are as they were written."""
 
-import errno
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from gpuroi import io
-from gpuroi.cohort._ledger import Record
-from gpuroi.errors import OutputError
+from gpuroi.cohort._ledger import Record, disk_errors
 from gpuroi.result import Regions
 
 EXTENSIONS = (".nii.gz", ".tsv", ".json")
 _ENDING = "_desc-regions_dseg"
 _NAME = re.compile(rf"(?P<stem>.+?)(_vol-\d{{4,}})?{_ENDING}(\.nii\.gz|\.tsv|\.json)")
-
-# No other map would fare better.
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def output_names(stem: str, n_volumes: int) -> Iterator[str]:
@@ -59,14 +54,8 @@ class Written:
         contents = dict(regions.files().values())
         for extension in EXTENSIONS:
             path = self._folder / f"{name}{extension}"
-            try:
+            with disk_errors(self._folder):
                 _write(contents[extension], path)
-            except OSError as error:
-                if error.errno in _OF_THE_DISK:
-                    raise OutputError(
-                        f"{self._folder} cannot be written to: {error.strerror}."
-                    ) from error
-                raise
             self._paths.append(path)
             self.take(contents[extension])
 

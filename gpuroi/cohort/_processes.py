@@ -23,6 +23,9 @@ from gpuroi.cohort._engines import Engine, Job, Outcome, Task, WorkerDiedError
 # Units that a process is given before it has ended the first: hides the way there and back.
 _AHEAD = 8
 
+# What a process may need for its last unit, so that it leaves no map with some of its files.
+_MOST_SECONDS_TO_END = 20
+
 # A process that dies before it can begin would die again.
 _MOST_EARLY_DEATHS = 3
 
@@ -71,9 +74,9 @@ class Processes(Engine):
     ) -> None:
         for worker in self._workers:
             worker.connection.close()  # which ends the process once its unit is done
-            if worker.assigned:
-                worker.process.terminate()
         for worker in self._workers:
+            worker.process.join(_MOST_SECONDS_TO_END)
+            worker.process.terminate()
             worker.process.join()
         self._workers.clear()
 

@@ -21,10 +21,10 @@ from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._consumer import Consumer
 from gpuroi.cohort._discover import MapFile, find_maps
 from gpuroi.cohort._engines import Engine, ThisProcess, WorkerDiedError, each_outcome
-from gpuroi.cohort._ledger import Ledger, Record
+from gpuroi.cohort._ledger import Ledger, Record, disk_errors
 from gpuroi.cohort._outputs import stem_of_output
 from gpuroi.cohort._processes import Processes
-from gpuroi.cohort._summary import write_summary
+from gpuroi.cohort._summary import write_failures, write_summary
 from gpuroi.cohort._tasks import Job, Tools, check, extract, failed, identify, make_tools
 from gpuroi.errors import OutputError
 from gpuroi.recipe import Recipe, make_recipe
@@ -165,8 +165,7 @@ def extract_cohort(
         backend if client is not None else get_backend(backend).name,
         on_gpu_error == "cpu",
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    with Ledger(folder, shard) as ledger:
+    with disk_errors(folder), Ledger(folder, shard) as ledger:
         try:
             _remove_temporaries(folder, maps)
             with ExitStack() as stack:
@@ -180,6 +179,11 @@ def extract_cohort(
                     if is_last:
                         records = ledger.records.values()
                         summary = write_summary(folder, engine, records, job.parameters)
+        except OutputError:  # no process works any more: what room is left is for the failures
+            ledger.give_up_reserve()
+            with contextlib.suppress(OSError):
+                write_failures(folder, ledger.records.values(), job.parameters)
+            raise
         finally:
             _remove_temporaries(folder, maps)  # of processes that have died
     return CohortReport(
@@ -243,11 +247,9 @@ class _Run:
         for one, outcome in each_outcome(self._engine, extract, todo, unit_size):
             if isinstance(outcome, WorkerDiedError):
                 outcome = failed(one, self._job.parameters, outcome)
-            if outcome.error == OutputError.__name__:
-                with contextlib.suppress(OSError):
-                    ledger.add(outcome)
-                raise OutputError(f"{outcome.message} Make room, and run again to go on.")
             ledger.add(outcome)
+            if outcome.error == OutputError.__name__:
+                raise OutputError(outcome.message)
             if outcome.status == "done":
                 self.n_done += 1
             else:

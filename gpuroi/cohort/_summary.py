@@ -16,7 +16,7 @@ from gpuroi.cohort._ledger import Record
 from gpuroi.cohort._tasks import Sum, sum_up
 from gpuroi.overlap import Overlap
 
-_NAMES = (DESCRIPTION, "regions.tsv", "overlap.nii.gz", "failures.tsv")
+_TABLE, _OVERLAP, _FAILURES = "regions.tsv", "overlap.nii.gz", "failures.tsv"
 
 # Of what is in failures.tsv.
 _FAILURE = ("source", "error", "message")
@@ -38,15 +38,14 @@ def write_summary(
         key=lambda record: record.stem,
     )
     done = [record for record in made if record.status == "done"]
-    failures = [record for record in made if record.status == "failed"]
     paths = {"description": folder / DESCRIPTION}
     for path in folder.glob(".*.tmp"):  # of a run that was killed in the middle of this
         match = io.TEMPORARY.fullmatch(path.name)
-        if match and match["name"] in _NAMES:
+        if match and match["name"] in (DESCRIPTION, _TABLE, _OVERLAP, _FAILURES):
             path.unlink(missing_ok=True)
     io.write_text(_description(made), paths["description"])
 
-    table, overlap_file, failed = (folder / name for name in _NAMES[1:])
+    table, overlap_file = folder / _TABLE, folder / _OVERLAP
     overlap = Overlap()
     if sum(record.n_volumes for record in done) > 1:
         _write_table(table, _sums(engine, done), overlap)
@@ -58,12 +57,23 @@ def write_summary(
         paths["overlap"] = overlap_file
     else:
         overlap_file.unlink(missing_ok=True)
-    if failures:
-        io.write_text(_failures(failures), failed)
-        paths["failures"] = failed
-    else:
-        failed.unlink(missing_ok=True)
-    return paths
+    failed = write_failures(folder, made, parameters)
+    return paths | ({} if failed is None else {"failures": failed})
+
+
+def write_failures(folder: Path, records: Iterable[Record], parameters: str) -> Path | None:
+    """Write the failures of `records` made with `parameters`; return where, if there are any."""
+    path = folder / _FAILURES
+    failures = [
+        record
+        for record in records
+        if record.parameters == parameters and record.status == "failed"
+    ]
+    if not failures:
+        path.unlink(missing_ok=True)
+        return None
+    io.write_text(_failures(sorted(failures, key=lambda record: record.stem)), path)
+    return path
 
 
 def _sums(engine: Engine, done: list[Record]) -> Iterator[Sum]:
