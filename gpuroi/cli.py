@@ -316,7 +316,7 @@ def extract(
     results = Results(cohort, output, screen, errors)
     results.show()
     results.write_report(recipe, asked=False if shard is not None else report)
-    said = outcome(cohort, output, time.monotonic() - since)
+    said = outcome(cohort, output, time.monotonic() - since, watch.n_warnings)
     errors.print(said, soft_wrap=True)
     if cohort.failures or not results.are_shown:
         raise typer.Exit(1)
@@ -419,6 +419,8 @@ def _endings(watch: Watch, errors: "Console") -> Iterator[None]:
     Until the maps are found and the first can be worked on, it is the command that is wrong; what
     comes later and is neither the device's nor the disk's fault is ours, and has a traceback.
     """
+    from gpuroi.errors import OutputError
+
     try:
         yield
     except KeyboardInterrupt as interruption:
@@ -428,5 +430,8 @@ def _endings(watch: Watch, errors: "Console") -> Iterator[None]:
         if watch.has_begun and not isinstance(error, RuntimeError | OSError):
             raise
         message = str(error).replace("on_gpu_error='cpu'", "--on-gpu-error cpu")
+        is_disk = isinstance(error, OutputError)
+        if is_disk:
+            message += " What is done is kept; run again to go on."
         say(errors, "error", message, "bold red")
-        raise typer.Exit(1 if watch.has_begun else 2) from error
+        raise typer.Exit(1 if watch.has_begun or is_disk else 2) from error

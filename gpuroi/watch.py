@@ -140,7 +140,7 @@ class Watch:
             say(self._console, word, "one more; from here on they are only counted.", style)
 
 
-def outcome(cohort: "CohortReport", folder: Path, seconds: float) -> str:
+def outcome(cohort: "CohortReport", folder: Path, seconds: float, n_warnings: int) -> str:
     """Return what became of all maps, and where the files about them are, as one sentence."""
     if not cohort.maps:
         return "There is no map for this shard."
@@ -153,6 +153,8 @@ def outcome(cohort: "CohortReport", folder: Path, seconds: float) -> str:
         parts.append(f"{len(cohort.failures):,} failed{_in_file(cohort, 'failures', folder)}")
     n_regions = sum(record.n_regions for record in cohort.records)
     parts.append(f"{counted(n_regions, 'region')}{_in_file(cohort, 'regions', folder)}")
+    if n_warnings > _MOST_TOLD:
+        parts.append(f"{n_warnings:,} warnings ({folder / '.gpuroi'})")
     parts.append(duration(seconds))
     return f"{counted(len(cohort.maps), 'map')}: {', '.join(parts)}"
 

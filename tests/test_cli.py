@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import gpuroi
 from gpuroi import backends, cli, watch
-from gpuroi.cohort import Progress, extract_cohort
+from gpuroi.cohort import CohortReport, Progress, extract_cohort
 from gpuroi.cohort._ledger import Ledger, Record
 from gpuroi.datasets import load_sample_motor_activation_image
 from gpuroi.pipeline import Finder
@@ -509,6 +509,45 @@ class TestProgress:
         assert sum(line.startswith("warning") for line in lines) == 21
         assert watching.n_warnings == 30
 
+    def test_maps_elsewhere_have_their_whole_path(self, capsys):
+        for source in ("/data/m.nii", str(Path.cwd() / "sub" / "m.nii")):
+            record = Record(source, 1, 1, "digest", "m", "failed", error="OSError", message="gone.")
+            watch.Watch(console(stderr=True)).tell(record)
+        assert capsys.readouterr().err == "failed: /data/m.nii: gone.\nfailed: sub/m.nii: gone.\n"
+
+    @pytest.mark.parametrize(
+        ("n_done", "n_skipped", "n_failed", "summary", "n_warnings", "seconds", "said"),
+        [
+            (1, 0, 0, (), 0, 0.2, "1 map: 1 done, 1 region, 1 s"),
+            (
+                *(2996, 37_000, 4, ("failures", "regions"), 20, 720),
+                "40,000 maps: 39,996 done (37,000 of them before), 4 failed (out/failures.tsv), "
+                "39,996 regions (out/regions.tsv), 12 min",
+            ),
+            (
+                *(0, 2, 1, (), 21, 3700),
+                "3 maps: 2 done (all of them before), 1 failed, 2 regions, 21 warnings "
+                "(out/.gpuroi), 1 h 2 min",
+            ),
+            (0, 0, 0, (), 0, 1, "There is no map for this shard."),
+        ],
+    )
+    def test_the_sentence_at_the_end(
+        self, n_done, n_skipped, n_failed, summary, n_warnings, seconds, said
+    ):
+        done = [self.ended(n, n_regions=1) for n in range(n_done + n_skipped)]
+        failures = [self.ended(n, "failed") for n in range(n_failed)]
+        cohort = CohortReport(
+            folder=Path.cwd() / "out",
+            maps=tuple(done + failures),  # of which nothing but the number counts
+            records=tuple(done + failures),
+            n_done=n_done,
+            n_skipped=n_skipped,
+            failures=tuple(failures),
+            summary={name: Path.cwd() / "out" / f"{name}.tsv" for name in summary},
+        )
+        assert watch.outcome(cohort, Path("out"), seconds, n_warnings) == said
+
     def test_lines_of_a_real_run(self, monkeypatch):
         monkeypatch.setattr(watch, "_SECONDS_BETWEEN_LINES", 0)
         names = [write_map(f"m{number}.nii") for number in range(3)]
@@ -903,7 +942,12 @@ class TestFailures:
         assert complaints(result)[0] == ["failed: in/m.nii: [Errno 5] Input/output error"]
 
     @pytest.mark.parametrize(
-        "name", ["gpuroi.cohort._outputs.io.write_bytes", "gpuroi.cohort._summary.io.write_text"]
+        "name",
+        [
+            "gpuroi.cohort._outputs.io.write_bytes",
+            "gpuroi.cohort._summary.io.write_text",
+            "gpuroi.cohort._run.Ledger",  # before the first map
+        ],
     )
     def test_a_full_disk_stops_the_run(self, monkeypatch, name):
         def full(*arguments, **options):
@@ -912,9 +956,11 @@ class TestFailures:
         monkeypatch.setattr(name, full)
         result = run("extract", write_map("m.nii"), *BOTH, "-o", "out", report=True)
         assert result.exit_code == 1
-        assert re.match("error: .*No space left on device", result.stderr)
-        assert ("Make room, and run again to go on." in result.stderr) == ("_outputs" in name)
-        assert result.stderr.count("\n") == 1
+        assert re.fullmatch(
+            r"error: .*/out cannot be written to: No space left on device\. What is done is kept; "
+            r"run again to go on\.\n",
+            result.stderr,
+        )
         assert result.stdout == ""
 
     def test_a_folder_that_another_run_writes_to(self):
@@ -975,7 +1021,7 @@ class TestFailures:
             (["m.nii", "--mask", "no.nii"], "'--mask': .*'no.nii' does not exist"),
             (["m.nii", "--mask", "."], "'--mask': .*'.' is a directory"),
             (["m.nii", "-o", "m.nii"], "'--output' / '-o': .*'m.nii' is a file"),
-            (["m.nii", "-o", "m.nii/out"], r"Not a directory: '.*/m\.nii/out'"),
+            (["m.nii", "-o", "m.nii/out"], r"Not a directory: '.*/m\.nii/out"),
             (["m.nii", "a/m.nii.gz"], "m.nii and a/m.nii.gz would both write m_desc-regions_dseg"),
             (["m.nii", "sub/../x/m.nii"], "would both write .* or extract them into separate"),
             (["x*.nii"], r"x\*\.nii: there is no map here"),

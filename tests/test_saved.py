@@ -17,6 +17,7 @@ def assert_same_regions(ours, theirs):
     np.testing.assert_array_equal(ours.labels, theirs.labels, strict=True)
     assert ours.labels_img.header == theirs.labels_img.header
     np.testing.assert_array_equal(ours.affine, theirs.affine, strict=True)
+    np.testing.assert_array_equal(ours.voxels.values, theirs.voxels.values, strict=True)
     assert ours.cutoff == theirs.cutoff
     assert ours.provenance == theirs.provenance
     assert ours.files() == theirs.files()
