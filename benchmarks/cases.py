@@ -315,16 +315,17 @@ def _figures(grid: str, regions_img: nib.Nifti1Image) -> Comparison:
 def cohort(tiny: bool = False) -> Iterator[Comparison]:
     """Time cohorts on disk with two processes each, writing included; look at their memory."""
     promised = {  # maps, times nilearn, times the floor
-        ("3 mm", "connected_components"): (2000, 6.0, 2.5),
+        ("3 mm", "connected_components"): (4000, 6.0, 2.5),
         ("2 mm", "connected_components"): (500, 12.0, 2.5),
         ("3 mm", "local_regions"): (1000, 5.0, None),
         ("2 mm", "local_regions"): (120, 7.0, None),
     }
     maps = sample_maps(tiny)
-    for (grid, method), (n_maps, times_nilearn, times_floor) in promised.items():
-        if grid not in maps:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
+    # One folder, removed at the end: file systems are slow for a while after many files are gone.
+    with tempfile.TemporaryDirectory() as folder:
+        for (grid, method), (n_maps, times_nilearn, times_floor) in promised.items():
+            if grid not in maps:
+                continue
             files = Cohort(Path(folder), maps[grid], 3 if tiny else n_maps, method)
             yield Comparison(
                 name=f"cohort, {grid}, {method}",
@@ -341,7 +342,6 @@ def cohort(tiny: bool = False) -> Iterator[Comparison]:
                 floor=times_floor and ("decoding alone, joblib", times_floor),
                 repeats=3,
             )
-    with tempfile.TemporaryDirectory() as folder:
         yield cohort_memory(Path(folder), maps["3 mm"], (3, 6) if tiny else (100, 1000, 10_000))
 
 

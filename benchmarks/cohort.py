@@ -26,8 +26,7 @@ class Cohort:
 
     def __init__(self, folder: Path, img: nib.Nifti1Image, n_maps: int, method: str) -> None:
         self._folder = folder
-        self.inputs = folder / f"{n_maps}-maps"
-        self.inputs.mkdir()
+        self.inputs = Path(tempfile.mkdtemp(prefix="maps", dir=folder))
         self._method = method
         for number in range(n_maps):  # noise is slow to make: ten maps, again and again
             path = self.inputs / f"map-{number:05d}.nii.gz"
