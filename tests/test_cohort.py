@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import nibabel as nib
 import numpy as np
@@ -80,6 +81,8 @@ class TestDiscovery:
         Path("maps.txt").write_text("# two\ntree/b.nii\n\n  tree/a.nii.gz\n")
         assert self.stems("@maps.txt") == ["b", "a"]
         assert self.stems("missing.nii.gz") == ["missing"]
+        Path("maps.txt").write_text("tree/gone-[1].nii\ntree/*.nii\n")
+        assert self.stems("@maps.txt") == ["gone-[1]", "b"]
 
     def test_each_file_once(self, tree):
         assert self.stems(tree, tree / "b.nii", "tree") == ["a", "b", "sub/a"]
@@ -261,6 +264,16 @@ class TestFailures:
         extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1, on_progress=leave_one)
         assert not list((tmp_path / "out").rglob("*.tmp"))
 
+    def test_a_script_needs_no_guard(self, cohort, tmp_path):
+        """Processes do not read the script anew: they would begin the run again."""
+        script = (
+            "from gpuroi import extract_cohort\nprint(extract_cohort({!r}, {!r}, jobs=2).n_done)"
+        )
+        (tmp_path / "run.py").write_text(script.format(str(cohort), str(tmp_path / "out")))
+        command = [sys.executable, tmp_path / "run.py"]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert run.stdout == "12\n"
+
     def test_processes_that_cannot_begin_end_the_run(self):
         with (
             pytest.raises(WorkerDiedError, match="worker processes end before they begin"),
@@ -344,6 +357,28 @@ class TestFailures:
         report = extract_cohort(path, tmp_path / "out", RECIPE)
         assert report.failures[0].error == "IsADirectoryError"
         assert set(contents(tmp_path / "out")) == {"dataset_description.json", "failures.tsv"}
+
+    def test_the_last_record_of_a_map_holds_whichever_run_wrote_it(self, cohort, tmp_path):
+        other = RECIPE | {"threshold": "95%"}
+        extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1)
+        for _ in range(2):
+            shards = [
+                extract_cohort(cohort, tmp_path / "out", other, jobs=1, shard=(i, 2))
+                for i in (1, 2)
+            ]
+        assert [(one.n_done, one.n_skipped) for one in shards] == [(0, 6), (0, 6)]
+        table = pd.read_csv(shards[1].summary["regions"], sep="\t")
+        assert len(set(table["map"])) == 12
+        assert extract_cohort(cohort, tmp_path / "out", other, jobs=1).n_skipped == 12
+
+    def test_a_ledger_that_cannot_be_read_is_left_to_others(self, tmp_path, monkeypatch):
+        with monkeypatch.context() as patched:
+            patched.setattr(Ledger, "read", Mock(side_effect=OSError("cannot")))
+            with pytest.raises(OSError, match="cannot"):
+                Ledger(tmp_path, None).__enter__()
+        assert not list(tmp_path.rglob("*.reserve"))
+        with Ledger(tmp_path, None):
+            pass
 
     @pytest.mark.skipif(not shutil.which("unshare"), reason="no unshare to mount a disk with")
     def test_a_full_or_read_only_disk(self, tmp_path, blobs):

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from gpuroi import io
 from gpuroi.backends import get_backend
-from gpuroi.cohort._processes import how_it_ended, start_context
+from gpuroi.cohort._processes import CONTEXT, start
 from gpuroi.errors import DeviceLostError
 from gpuroi.pipeline import Finder, Found, Prepared, Upload, stacked
 from gpuroi.recipe import Recipe
@@ -72,13 +72,8 @@ class Consumer:
     """
 
     def __init__(self, backend: str, environment: Mapping[str, str], recipe: Recipe) -> None:
-        context = start_context()
-        self._control, theirs = context.Pipe()
-        self._pipe = context.Pipe
-        self._process: Any = context.Process(  # type: ignore[attr-defined]
-            target=_consume, args=(theirs, backend, dict(environment), recipe), daemon=True
-        )
-        self._process.start()
+        self._control, theirs = CONTEXT.Pipe()
+        self._process = start(_consume, theirs, backend, dict(environment), recipe)
         theirs.close()
 
     def __enter__(self) -> "Consumer":
@@ -98,16 +93,14 @@ class Consumer:
 
     def connect(self) -> Connection:
         """Return a way to the device for one more process; of a lost one, a way that is closed."""
-        ours, theirs = self._pipe()
+        ours: Connection
+        theirs: Connection
+        ours, theirs = CONTEXT.Pipe()
         with contextlib.suppress(OSError, EOFError):
             self._control.send(ours)
             self._control.recv()  # it is open there, and can be closed here
         ours.close()
         return theirs
-
-    def ending(self) -> str:
-        """Return how the process ended."""
-        return how_it_ended(self._process)
 
 
 class RemoteFinder:

@@ -119,7 +119,11 @@ def _named_by(source: str) -> Iterator[MapFile]:
         for match in sorted(glob.glob(path, recursive=True)):
             yield from _named_by(match)
     else:  # a file that is missing is found missing when its turn comes
-        yield MapFile(path, os.path.abspath(path), stem_of(path))
+        yield _one_file(path)
+
+
+def _one_file(path: str) -> MapFile:
+    return MapFile(path, os.path.abspath(path), stem_of(path))
 
 
 def _listed(path: str) -> Iterator[MapFile]:
@@ -128,8 +132,10 @@ def _listed(path: str) -> Iterator[MapFile]:
     except OSError as error:
         raise ValueError(f"the list {path} cannot be read: {error.strerror}.") from error
     for line in lines:
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield from _named_by(line.strip())
+        entry = line.strip()
+        if entry and not entry.startswith("#"):
+            # A line that names nothing is a file that is missing, whatever is in its name.
+            yield from list(_named_by(entry)) or [_one_file(os.path.expanduser(entry))]
 
 
 def _in_folder(folder: str) -> Iterator[MapFile]:

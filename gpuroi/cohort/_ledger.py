@@ -3,9 +3,10 @@
 import errno
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -36,6 +37,7 @@ class Record:
     error: str = ""  # class
     message: str = ""
     warnings: tuple[str, ...] = ()
+    written_ns: int = 0  # when it was appended: of the records of one map, the last one holds
 
 
 _FIELDS = tuple(field.name for field in fields(Record))
@@ -90,24 +92,32 @@ class Ledger:
             raise FolderInUseError(
                 f"{self.folder} is in use by another run; wait for it, or write to another folder."
             ) from error
-        self._stream = self._path.open("ab", buffering=0)
+        try:
+            self._open()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _open(self) -> None:
         self._reserve.write_bytes(bytes(_RESERVED_BYTES))
+        self._stream = self._path.open("ab", buffering=0)
         if self._stream.tell():
             with self._path.open("rb") as written:
                 written.seek(-1, os.SEEK_END)
                 if written.read() != b"\n":  # a run was killed in the middle of a line
                     self._stream.write(b"\n")
         self.read()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._stream is not None
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
         self.give_up_reserve()
         self._lock.release()
 
     def add(self, record: Record) -> None:
         """Append `record`, whole or not at all."""
+        record = replace(record, written_ns=time.time_ns())
         fields = {name: getattr(record, name) for name in _FIELDS}
         line = json.dumps(fields).encode() + b"\n"
         try:
@@ -132,8 +142,11 @@ class Ledger:
 
     def read(self) -> None:
         """Take the records of all shards from the disk."""
-        for path in sorted(self._path.parent.glob("ledger*.jsonl")):
-            self.records |= {record.source: record for record in _read(path)}
+        for path in self._path.parent.glob("ledger*.jsonl"):
+            for record in _read(path):
+                known = self.records.get(record.source)
+                if known is None or known.written_ns <= record.written_ns:
+                    self.records[record.source] = record
 
     @contextmanager
     def last_of_shards(self) -> Iterator[bool]:

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from gpuroi.cohort._engines import Engine, Job, Outcome, Task, WorkerDiedError
+
+CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
 
 # Units that a process is given before it has ended the first: hides the way there and back.
 _AHEAD = 8
@@ -62,7 +63,6 @@ class Processes(Engine):
         self._make_tools = make_tools
         self._arguments = arguments
         self._connect = connect
-        self._context = start_context()
         self._workers: list[_Worker] = []
         self._n_early_deaths = 0
 
@@ -124,12 +124,9 @@ class Processes(Engine):
                     worker.connection.send((task, units))
 
     def _start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
+        ours, theirs = CONTEXT.Pipe()
         extra = () if self._connect is None else (self._connect(),)
-        process = self._context.Process(  # type: ignore[attr-defined]
-            target=_serve, args=(theirs, self._make_tools, (*self._arguments, *extra)), daemon=True
-        )
-        process.start()
+        process = start(_serve, theirs, self._make_tools, (*self._arguments, *extra))
         theirs.close()
         return _Worker(process, ours)
 
@@ -139,10 +136,7 @@ class Processes(Engine):
             return WorkerDiedError(f"the process that worked on it ended ({ending}).")
         self._n_early_deaths += 1
         if self._n_early_deaths > _MOST_EARLY_DEATHS:
-            raise WorkerDiedError(
-                f"worker processes end before they begin ({ending}); a script that starts them "
-                "must do so below if __name__ == '__main__':, since each reads the script anew."
-            )
+            raise WorkerDiedError(f"worker processes end before they begin ({ending}).")
         return WorkerDiedError("it had not begun.")
 
 
@@ -168,10 +162,21 @@ class _Pending:
         self._next.extendleft(reversed(units))
 
 
-def start_context() -> BaseContext:
-    """Return how processes are started: never by a fork of one that may have threads."""
-    method = "forkserver" if sys.platform != "win32" else "spawn"
-    return multiprocessing.get_context(method)
+def start(target: Callable[..., None], *arguments: Any) -> Any:
+    """Return a process that has been started: never by a fork of one that may have threads.
+
+    Such a process reads the program's main script anew, which takes as long as its imports, and
+    begins everything again if it has no ``if __name__ == "__main__":``. None of it is needed here,
+    and without a file the main module is left alone.
+    """
+    process: Any = CONTEXT.Process(target=target, args=arguments, daemon=True)
+    main_module = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        process.start()
+    finally:
+        sys.modules["__main__"] = main_module
+    return process
 
 
 def how_it_ended(process: Any) -> str:

@@ -135,8 +135,6 @@ def extract_cohort(
     Whatever ends a run, even SIGKILL, the same call goes on with what is left. A map is done again
     if it, the parameters, the version of gpuroi or one of its outputs have changed.
 
-    In a script, call it below ``if __name__ == "__main__":``: processes read the script anew.
-
     Examples
     --------
     >>> import tempfile, nibabel as nib, numpy as np
