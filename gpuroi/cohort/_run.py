@@ -34,6 +34,10 @@ _CHECKS_A_UNIT = 64
 # Maps that a task of Dask holds, which costs about as much as a small one.
 _MAPS_A_TASK = 16
 
+# Small files are handed to a process several at once: a message takes as long as their writing.
+_BYTES_A_MESSAGE = 2**20
+_MOST_A_MESSAGE = 8
+
 # What a device is given at once by each process, and the most maps of it.
 _BYTES_FOR_DEVICE = 64 * 2**20
 _MOST_FOR_DEVICE = 128
@@ -288,7 +292,8 @@ def _engine(
         return stack.enter_context(ThisProcess(Tools(job))), 1
     n_processes = min(n_jobs, len(maps))
     if not _is_device(get_backend(job.backend)):
-        return stack.enter_context(Processes(n_processes, make_tools, (job,))), 1
+        engine = Processes(n_processes, make_tools, (job,))
+        return stack.enter_context(engine), _maps_a_message(maps, n_processes)
     consumers = [
         stack.enter_context(Consumer(job.backend, environment, job.recipe))
         for environment in environments(job.backend)
@@ -300,6 +305,12 @@ def _engine(
 
 def _is_device(backend: Backend) -> bool:
     return backend.batch_bytes > 1  # a host takes its maps one by one
+
+
+def _maps_a_message(maps: list[MapFile], n_processes: int) -> int:
+    n_bytes, _ = identify(maps[0].path)
+    n_maps = min(_BYTES_A_MESSAGE // max(1, n_bytes), len(maps) // (8 * n_processes))
+    return min(_MOST_A_MESSAGE, max(1, n_maps))
 
 
 def _batch_for_device(first: MapFile) -> int:

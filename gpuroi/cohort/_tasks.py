@@ -19,6 +19,7 @@ from gpuroi import io
 from gpuroi.backends import get_backend
 from gpuroi.cohort._consumer import RemoteFinder
 from gpuroi.cohort._discover import MapFile
+from gpuroi.cohort._engines import in_units
 from gpuroi.cohort._ledger import Record
 from gpuroi.cohort._outputs import Written, is_whole, map_name, output_names
 from gpuroi.errors import DeviceLostError, InvalidMapError, warn
@@ -72,7 +73,7 @@ class Tools:
                     done += 1
             return
         except RuntimeError as error:
-            if self._finder_is_cpu():
+            if self.is_host:
                 raise
             if not self.job.cpu_if_lost:
                 raise DeviceLostError(
@@ -83,8 +84,10 @@ class Tools:
         self._finder = self._local("cpu")
         yield from self.find(volumes[done:])
 
-    def _finder_is_cpu(self) -> bool:
-        return isinstance(self._finder, Finder) and self._finder.computed_by.name == "cpu"
+    @property
+    def is_host(self) -> bool:
+        """Whether this very process computes, on its processor."""
+        return isinstance(self._finder, Finder) and self._finder.batch_bytes == 1
 
 
 def make_tools(job: Job, device: Connection | None = None) -> Tools:
@@ -107,7 +110,15 @@ class _Opened:
 
 
 def extract(tools: Tools, unit: tuple[MapFile, ...]) -> list[Record]:
-    """Write the regions of the maps of `unit`, and return what became of each."""
+    """Write the regions of the maps of `unit`, and return what became of each.
+
+    A device is given them together; a processor one by one, as long as they are in its cache.
+    """
+    together = 1 if tools.is_host else len(unit)
+    return [record for maps in in_units(unit, together) for record in _extract(tools, maps)]
+
+
+def _extract(tools: Tools, unit: tuple[MapFile, ...]) -> list[Record]:
     opened = [_open(one) for one in unit]
     sound = [one for one in opened if one.error is None]
     try:
