@@ -318,7 +318,7 @@ def cohort(tiny: bool = False) -> Iterator[Comparison]:
         ("3 mm", "connected_components"): (4000, 6.0, 2.5),
         ("2 mm", "connected_components"): (500, 12.0, 2.5),
         ("3 mm", "local_regions"): (1000, 5.0, None),
-        ("2 mm", "local_regions"): (120, 7.0, None),
+        ("2 mm", "local_regions"): (240, 7.0, None),
     }
     maps = sample_maps(tiny)
     # One folder, removed at the end: file systems are slow for a while after many files are gone.

@@ -1,8 +1,8 @@
 """Mask images: read, checked, and brought onto the grid of a map."""
 
 import numpy as np
+import scipy  # which loads its parts when they are first used
 from numpy.typing import NDArray
-from scipy import linalg, ndimage
 
 from gpuroi import io
 from gpuroi.errors import DimensionError, InvalidMapError, warn
@@ -75,12 +75,12 @@ def _nearest(
 ) -> NDArray[np.generic]:
     # By SciPy's inverse, as nilearn: a last bit decides whether voxels at the border lie inside.
     same = np.array_equal(affine, target_affine)
-    to_source = np.eye(4) if same else linalg.inv(affine) @ target_affine
+    to_source = np.eye(4) if same else scipy.linalg.inv(affine) @ target_affine
     matrix, offset = to_source[:3, :3], to_source[:3, 3]
     if np.array_equal(np.diag(np.diag(matrix)), matrix):
         matrix = np.diag(matrix)  # SciPy's faster way; it rounds halves differently, as nilearn's
     native = data.astype(data.dtype.newbyteorder("="), copy=False)
-    resampled: NDArray[np.generic] = ndimage.affine_transform(
+    resampled: NDArray[np.generic] = scipy.ndimage.affine_transform(
         native, matrix, offset=offset, output_shape=tuple(target_shape), order=0, cval=0
     )
     return resampled

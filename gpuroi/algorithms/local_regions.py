@@ -8,15 +8,19 @@ run on the backend; the competition is solved on the host.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuroi.algorithms.walker import Confidence, Walk, random_walk
 from gpuroi.backends import Backend, LabelledVoxels, _keys
 from gpuroi.backends._numbering import number_by_first_voxel
 from gpuroi.errors import warn
 from gpuroi.types import Array
+
+# The walker's solvers take a twentieth of a second to import, which components can spare.
+if TYPE_CHECKING:
+    from gpuroi.algorithms.walker import Confidence, Walk
 
 #: A seed is the maximum of a window that reaches this far to each side.
 SEED_DISTANCE_VOXELS = 10
@@ -34,8 +38,10 @@ class Foreground:
     seeds: NDArray[np.int32]  # 0 or the number of a seed
     shape: tuple[int, int, int]
 
-    def walk(self) -> Walk:
+    def walk(self) -> "Walk":
         """Return each voxel's label: the number of the seed that wins it, or 0."""
+        from gpuroi.algorithms.walker import random_walk
+
         return random_walk(self.index, self.values, self.seeds, self.shape)
 
 
@@ -77,11 +83,13 @@ class Contest:
 
     sides: tuple[Foreground, ...]
 
-    def settle(self, min_voxels: int) -> tuple[LabelledVoxels, Confidence]:
+    def settle(self, min_voxels: int) -> tuple[LabelledVoxels, "Confidence"]:
         """Return the regions of all sides, numbered together by first voxel in C order.
 
         Regions with fewer than `min_voxels` voxels are background.
         """
+        from gpuroi.algorithms.walker import Confidence
+
         walks = [side.walk() for side in self.sides]
         n_regions = 0
         index, region = [], []
@@ -111,7 +119,7 @@ def large_in_seed_order(
     return LabelledVoxels(index[kept], numbers[label[kept]], int(numbers[-1]))
 
 
-def warn_of_undecided(name: str, confidence: Confidence) -> None:
+def warn_of_undecided(name: str, confidence: "Confidence") -> None:
     """Warn if some voxels of the map `name` could as well have another label."""
     if confidence.n_undecided:
         warn(

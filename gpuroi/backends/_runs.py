@@ -7,9 +7,8 @@ Processing 17(5), 2008, doi:10.1109/TIP.2008.919369; here the merging is left to
 """
 
 import numpy as np
+import scipy  # which loads its parts when they are first used
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 from gpuroi.types import Connectivity
 
@@ -69,6 +68,7 @@ def label_runs(
         same_sign = sign[neighbour] == np.repeat(sign, np.diff(row_ends))
         row_ends = np.concatenate([[0], np.cumsum(same_sign)])[row_ends]
         neighbour = neighbour[same_sign]
-    graph = csr_array((np.ones(neighbour.size), neighbour, row_ends), shape=(sign.size,) * 2)
-    n_components, component = connected_components(graph, directed=False)
+    links = (np.ones(neighbour.size), neighbour, row_ends)
+    graph = scipy.sparse.csr_array(links, shape=(sign.size,) * 2)
+    n_components, component = scipy.sparse.csgraph.connected_components(graph, directed=False)
     return np.repeat(component, lengths), n_components

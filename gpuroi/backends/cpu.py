@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import scipy  # which loads its parts when they are first used
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from gpuroi.backends import LabelledVoxels
 from gpuroi.backends._numbering import number_by_first_voxel
@@ -139,7 +139,7 @@ class CpuBackend:
             inside = volume[box]
             for axis, sigma in enumerate(sigma_voxels):
                 if sigma > 0:
-                    inside = ndimage.gaussian_filter1d(inside, sigma, axis=axis)
+                    inside = scipy.ndimage.gaussian_filter1d(inside, sigma, axis=axis)
             out[box] = inside
         return smoothed
 
@@ -219,10 +219,10 @@ def _window_maxima(volume: FloatArray, distance: int, floor: np.floating) -> NDA
     block = np.ravel_multi_index(tuple(voxels // side), grid)
     highest = np.full(grid, floor)
     np.maximum.at(highest.ravel(), block, heights)
-    highest = ndimage.maximum_filter(highest, 3, mode="nearest")
+    highest = scipy.ndimage.maximum_filter(highest, 3, mode="nearest")
     candidates = np.flatnonzero(heights >= highest.ravel()[block])
     if candidates.size * _VOXELS_A_WINDOW > volume.size:  # plateaus
-        in_window = ndimage.maximum_filter(volume, 2 * distance + 1, mode="constant")
+        in_window = scipy.ndimage.maximum_filter(volume, 2 * distance + 1, mode="constant")
         return np.asarray(index[heights >= in_window.ravel()[index]])
     is_maximum = [
         heights[candidate]
