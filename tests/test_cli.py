@@ -863,6 +863,7 @@ class TestFailures:
                 super().__init__(*arguments)
                 if not devices:
                     self.computed_by = SimpleNamespace(name="cuda")
+                    self.batch_bytes = 2**20
                 devices.append(self)
 
             def __call__(self, batch):
