@@ -36,8 +36,10 @@ def table(records: list[dict[str, Any]]) -> str:
         title = record["comparison"]
         for name, seconds in record["median_s"].items():
             peak = record["peak_bytes"].get(name)
+            # What does other work is no faster or slower.
+            speed_up = f"{record['speed_up'][name]:.1f}x" if record["targets"] else ""
             lines.append(
-                f"| {title} | {name} | {_time(seconds)} | {record['speed_up'][name]:.1f}x "
+                f"| {title} | {name} | {_time(seconds)} | {speed_up} "
                 f"| {'' if peak is None else _size(peak)} |"
             )
             title = ""
@@ -46,8 +48,8 @@ def table(records: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{package} {number}" for package, number in newest["versions"].items())
     lines += [
         "",
-        f"Medians of {min(r['repeats'] for r in records)} or more turns in one process, BLAS at "
-        f"one thread, on {newest['processor']}, Python {newest['python']}, {versions}; commits "
+        f"Medians of {min(r['repeats'] for r in records)} or more turns {_processes(newest)}, BLAS "
+        f"at one thread, on {newest['processor']}, Python {newest['python']}, {versions}; commits "
         f"{commits}, {newest['date'][:10]}.",
         "",
     ]
@@ -61,6 +63,11 @@ def render(page: str) -> str:
         return match[1] + table(latest(RESULTS / f"{match[2]}.jsonl")) + match[3]
 
     return _BLOCK.sub(block, page)
+
+
+def _processes(record: dict[str, Any]) -> str:
+    n_processes = record["parameters"].get("processes", 1)
+    return "in one process" if n_processes == 1 else f"with {n_processes} processes each"
 
 
 def _time(seconds: float) -> str:
