@@ -34,6 +34,8 @@ def table(records: list[dict[str, Any]]) -> str:
     ]
     for record in records:
         title = record["comparison"]
+        if n_maps := record["parameters"].get("n_maps"):
+            title += f", {n_maps:,} maps"
         for name, seconds in record["median_s"].items():
             peak = record["peak_bytes"].get(name)
             # What does other work is no faster or slower.
