@@ -6,6 +6,9 @@ nilearn (``except ValueError``) keeps working.
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class GpuroiError(Exception):
@@ -36,6 +39,10 @@ class DeviceLostError(GpuroiError, RuntimeError):
     """A device that answered before no longer does, whatever it is asked."""
 
 
+class ClusterLostError(GpuroiError, RuntimeError):
+    """A cluster whose scheduler no longer answers."""
+
+
 class OutputError(GpuroiError, OSError):
     """A disk that nothing can be written to: it is full, or read-only."""
 
@@ -48,8 +55,28 @@ class DownloadError(GpuroiError, OSError):
     """A file that could not be fetched; the message says from where, why, and what else to do."""
 
 
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Yield a list that takes what `warn` says in the block, in this thread alone.
+
+    What `warnings.catch_warnings` does for a whole process.
+    """
+    messages: list[str] = []
+    token = _collected.set(messages)
+    try:
+        yield messages
+    finally:
+        _collected.reset(token)
+
+
 def warn(message: str) -> None:
     """Warn the user: the warning points at the first line outside gpuroi."""
+    if (messages := _collected.get()) is not None:
+        messages.append(message)
+        return
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gpuroi."):
         level, frame = level + 1, frame.f_back

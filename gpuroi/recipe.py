@@ -47,6 +47,8 @@ class Recipe:
             "connectivity": self.connectivity,
             "min_region_size_mm3": self.min_region_size_mm3,
         }
+        if self.resample_mask:
+            asked["resample_mask"] = True
         if self.method == "local_regions":
             asked |= {
                 "smoothing_fwhm_mm": self.smoothing_fwhm_mm,

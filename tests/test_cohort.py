@@ -1,5 +1,6 @@
 """Cohorts: what is found, what is done again, and what survives being killed."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -18,11 +19,13 @@ import pytest
 
 import gpuroi
 from gpuroi import io
-from gpuroi.cohort import extract_cohort, find_maps
+from gpuroi.cohort import _run, _tasks, extract_cohort, find_maps
 from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._engines import WorkerDiedError, each_outcome
 from gpuroi.cohort._ledger import FolderInUseError, Ledger
 from gpuroi.cohort._processes import Processes
+from gpuroi.cohort._tasks import Job, make_tools
+from gpuroi.recipe import make_recipe
 from tests.conftest import image
 
 RECIPE = {"threshold": "90%", "min_region_size": 20}
@@ -81,8 +84,28 @@ class TestDiscovery:
         Path("maps.txt").write_text("# two\ntree/b.nii\n\n  tree/a.nii.gz\n")
         assert self.stems("@maps.txt") == ["b", "a"]
         assert self.stems("missing.nii.gz") == ["missing"]
-        Path("maps.txt").write_text("tree/gone-[1].nii\ntree/*.nii\n")
+        Path("maps.txt").write_text("\ufefftree/gone-[1].nii\ntree/*.nii\n")
         assert self.stems("@maps.txt") == ["gone-[1]", "b"]
+
+    def test_what_cannot_be_known_is_told(self, tree, monkeypatch):
+        Path("maps.txt").write_text("@maps.txt\n")
+        with pytest.raises(ValueError, match="is a list in a list"):
+            find_maps(["@maps.txt"])
+
+        def forbidden(folder, onerror, **options):
+            onerror(PermissionError(13, "Permission denied", "tree/sub"))
+            yield from ()
+
+        monkeypatch.setattr(os, "walk", forbidden)
+        with pytest.raises(ValueError, match=r"tree/sub cannot be looked into \(Permission denied"):
+            find_maps([tree])
+
+    def test_links_to_folders_are_followed_once(self, tree):
+        (tree / "again").symlink_to(tree)
+        (tree.parent / "elsewhere").mkdir()
+        (tree.parent / "elsewhere" / "e.nii").touch()
+        (tree / "linked").symlink_to(tree.parent / "elsewhere")
+        assert self.stems(tree) == ["a", "b", "linked/e", "sub/a"]
 
     def test_each_file_once(self, tree):
         assert self.stems(tree, tree / "b.nii", "tree") == ["a", "b", "sub/a"]
@@ -192,10 +215,24 @@ class TestResults:
         save_maps(tmp_path / "in", ["b.nii"], blobs, shape=(9, 9, 9))
         assert "overlap" not in extract_cohort(tmp_path / "in", tmp_path / "out", RECIPE).summary
 
-    def test_outputs_are_no_inputs(self, cohort):
-        for _ in range(2):
-            report = extract_cohort(cohort, cohort / "out", RECIPE)
-            assert report.n_done + report.n_skipped == 12
+    def test_outputs_are_no_inputs(self, cohort, tmp_path):
+        (tmp_path / "link").symlink_to(cohort)
+        for out in ("out", "other", "out", "."):
+            for inputs in (cohort, tmp_path / "link", str(cohort / "**" / "*.nii.gz")):
+                stems = {one.stem.rpartition("/")[2] for one in find_maps([inputs])}
+                assert stems == {f"sub-{i:02d}_tmap" for i in range(12)}
+            report = extract_cohort(cohort, cohort / out, RECIPE, jobs=1, limit=2)
+            assert report.n_done + report.n_skipped == 2
+
+    def test_names_that_are_not_utf8_or_have_tabs(self, tmp_path, blobs):
+        names = ["caf\udce9.nii.gz", "a\tb.nii.gz", "c.nii.gz"]
+        save_maps(tmp_path / "in", names, blobs)
+        (tmp_path / "in" / "d\udce9.nii.gz").write_bytes(b"no map")
+        report = extract_cohort(tmp_path / "in", tmp_path / "out", RECIPE, jobs=1)
+        table = report.summary["regions"].read_bytes().splitlines()
+        assert {row.split(b"\t")[0] for row in table} == {b"map", b"caf\xe9", b"a b", b"c"}
+        assert len({row.count(b"\t") for row in table}) == 1
+        assert b"d\xe9.nii.gz" in report.summary["failures"].read_bytes()
 
 
 class TestFailures:
@@ -243,6 +280,40 @@ class TestFailures:
         assert run(retry_failed=True) == (0, 12, 1, 14)
         damaged.write_bytes(whole)
         assert run() == (1, 12, 0, 15)
+
+    def test_what_a_killed_process_had_written_goes_with_its_map(
+        self, cohort, tmp_path, monkeypatch
+    ):
+        """As if a process had been killed between two files of a map."""
+        killed = "group-1/sub-03_tmap"
+
+        def each(engine, task, jobs, unit_size):
+            for job, outcome in each_outcome(engine, task, jobs, unit_size):
+                if getattr(job, "stem", "") == killed and task is _tasks.extract:
+                    path = tmp_path / "out" / f"{killed}_desc-regions_dseg.json"
+                    path.unlink()
+                    yield job, WorkerDiedError("killed")
+                else:
+                    yield job, outcome
+
+        monkeypatch.setattr(_run, "each_outcome", each)
+        report = extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=2)
+        assert [one.stem for one in report.failures] == [killed]
+        assert not [name for name in contents(tmp_path / "out") if killed in name]
+
+    def test_large_units_and_outcomes_pass_through(self):
+        """More than the pipes hold, both ways at once."""
+        units = [(bytes(300_000),) for _ in range(40)]
+        with Processes(2, _Deadly, (set(),)) as engine:
+            outcomes = [outcome for _, outcome in engine.run(_doubled, units)]
+        assert {len(outcome[0]) for outcome in outcomes} == {600_000}
+        assert len(outcomes) == 40
+
+    def test_a_process_has_one_thread_of_blas(self):
+        with Processes(1, make_tools, (Job(Path(), make_recipe(), "", "cpu", False),)) as engine:
+            ((_, outcomes),) = engine.run(_blas_threads, [(0,)])
+        assert outcomes[0]
+        assert set(outcomes[0]) == {1}
 
     @pytest.mark.parametrize("unit_size", [1, 4])
     def test_a_killed_process_costs_its_own_job(self, unit_size):
@@ -294,6 +365,9 @@ class TestFailures:
             pytest.raises(FolderInUseError, match="is in use by another run"),
         ):
             extract_cohort(cohort, tmp_path / "out", RECIPE)
+        for held, asked in [(None, (1, 2)), ((1, 2), None), ((1, 2), (1, 3)), ((1, 2), (1, 2))]:
+            with Ledger(tmp_path / "out", held), pytest.raises(FolderInUseError):
+                extract_cohort(cohort, tmp_path / "out", RECIPE, shard=asked)
         first = extract_cohort(cohort, tmp_path / "out", RECIPE, shard=(1, 2))
         with Ledger(tmp_path / "out", (1, 2)):  # other shards may
             second = extract_cohort(cohort, tmp_path / "out", RECIPE, shard=(2, 2))
@@ -402,7 +476,7 @@ class TestFailures:
         assert full["error"] == f"{out} cannot be written to: No space left on device."
         assert 0 < full["n_whole"] < 40
         assert (full["n_partial"], full["temporary"]) == (0, [])
-        assert full["rows"] >= full["n_whole"] + 1  # a row, too, for what did not fit
+        assert full["rows"] >= 1  # what ended at the same time may have none, and is done again
         assert full["failures"][1].endswith(f"OutputError\t{full['error']}")
         assert "Read-only file system" in read_only
         assert found == contents(tmp_path / "calm")
@@ -460,6 +534,18 @@ def _squares(deadly, unit):
     return [job**2 for job in unit]
 
 
+def _doubled(tools, unit):
+    return [job + job for job in unit]
+
+
+def _blas_threads(tools, unit):
+    import scipy.linalg  # loads a BLAS of its own
+    from threadpoolctl import threadpool_info
+
+    scipy.linalg.inv(np.eye(3))
+    return [[one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"]]
+
+
 def _cannot_begin():
     os._exit(3)
 
@@ -482,6 +568,78 @@ class TestResuming:
         report = extract_cohort(cohort, out, RECIPE, jobs=1)
         assert (report.n_done, report.n_skipped) == (3, 9)
         assert contents(out) == before
+
+    @pytest.mark.parametrize("change", ["size", "time", "stem"])
+    def test_each_part_of_a_maps_identity_counts(self, cohort, tmp_path, change):
+        path = sorted(cohort.rglob("*.nii.gz"))[0]
+        before = path.stat()
+        extract_cohort(path, tmp_path / "out", RECIPE)
+        inputs = path
+        if change == "size":  # a gzip stream may have empty members behind it
+            path.write_bytes(path.read_bytes() + gzip.compress(b""))
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        elif change == "time":
+            os.utime(path, ns=(1, 1))
+        else:
+            inputs = cohort
+        report = extract_cohort(inputs, tmp_path / "out", RECIPE, jobs=1, limit=1)
+        assert (report.n_done, report.n_skipped) == (1, 0)
+
+    def test_the_other_file_of_a_pair_counts(self, tmp_path, blobs):
+        nib.save(nib.Nifti1Pair(blobs(seed=1), np.eye(4)), tmp_path / "a.img")
+        for n_done in (1, 0):
+            report = extract_cohort(tmp_path / "a.hdr", tmp_path / "out", RECIPE)
+            assert (report.n_done, report.n_skipped) == (n_done, 1 - n_done)
+        header = (tmp_path / "a.hdr").read_bytes()
+        nib.save(nib.Nifti1Pair(blobs(seed=2), np.eye(4)), tmp_path / "a.img")
+        assert (tmp_path / "a.hdr").read_bytes() == header
+        assert extract_cohort(tmp_path / "a.hdr", tmp_path / "out", RECIPE).n_done == 1
+
+    def test_outputs_go_when_a_map_fails_or_has_fewer_volumes(self, tmp_path, blobs):
+        path = tmp_path / "m.nii.gz"
+        series = np.stack([blobs(seed=seed) for seed in range(3)], axis=-1)
+
+        def names():
+            return {name for name in contents(tmp_path / "out") if name.startswith("m")}
+
+        for data, n_files in [(series, 9), (series[..., 0], 3), (None, 0)]:
+            path.write_bytes(b"no map") if data is None else nib.save(image(data), path)
+            extract_cohort(path, tmp_path / "out", RECIPE)
+            assert len(names()) == n_files
+
+    def test_summaries_are_about_the_maps_that_are_named(self, cohort, tmp_path):
+        out = tmp_path / "out"
+        missing = tmp_path / "typo.nii"
+        extract_cohort([cohort / "group-0", missing], out, RECIPE, jobs=1)
+        for path in sorted(out.glob("sub-00*")):
+            path.unlink()
+        report = extract_cohort(cohort / "group-1", out, RECIPE, jobs=1)
+        table = pd.read_csv(report.summary["regions"], sep="\t")
+        assert set(table["map"]) == {one.stem for one in report.maps}
+        assert "failures" not in report.summary
+        assert not (out / "failures.tsv").exists()
+        moved = tmp_path / "moved"
+        shutil.copytree(cohort / "group-1", moved)  # the same names from another place
+        report = extract_cohort(moved, out, RECIPE, jobs=1)
+        again = pd.read_csv(report.summary["regions"], sep="\t")
+        pd.testing.assert_frame_equal(again, table)
+
+    def test_a_run_that_stops_leaves_no_summary_of_other_parameters(self, cohort, tmp_path):
+        def stop(progress):
+            if progress.n_done == 2:
+                raise KeyboardInterrupt
+
+        extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1)
+        other = RECIPE | {"threshold": "95%"}
+        with pytest.raises(KeyboardInterrupt):
+            extract_cohort(cohort, tmp_path / "out", other, jobs=1, on_progress=stop)
+        assert not {"regions.tsv", "overlap.nii.gz"} & set(contents(tmp_path / "out"))
+
+    def test_failures_are_tried_with_a_mask_that_may_be_resampled(self, cohort, tmp_path):
+        recipe = RECIPE | {"mask_img": image(np.ones((9, 9, 9), np.uint8))}
+        assert len(extract_cohort(cohort, tmp_path / "out", recipe, jobs=1).failures) == 12
+        report = extract_cohort(cohort, tmp_path / "out", recipe | {"resample_mask": True}, jobs=1)
+        assert (report.n_done, report.failures) == (12, ())
 
     def test_other_parameters_do_all_again(self, cohort, tmp_path):
         extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=1)
@@ -575,6 +733,47 @@ class TestDask:
         )
         assert (report.n_done, report.failures) == (12, ())
         assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")
+    def test_workers_elsewhere_that_come_late_and_go_on_after_the_end(
+        self, client, cohort, tmp_path, monkeypatch
+    ):
+        client.run(os.chdir, "/")
+        monkeypatch.chdir(tmp_path)
+
+        def stop(progress):
+            if progress.n_done == 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            extract_cohort("maps", "out", RECIPE, client=client, batch_size=1, on_progress=stop)
+        before = contents(tmp_path / "out")
+        time.sleep(1)
+        assert contents(tmp_path / "out") == before
+        report = extract_cohort("maps", "out", RECIPE, client=client)
+        assert report.n_done + report.n_skipped == 12
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")
+    def test_warnings_are_those_of_their_map_whatever_the_threads(self, tmp_path, blobs):
+        distributed = pytest.importorskip("distributed")
+        for i in range(40):
+            data = blobs((12, 13, 14), seed=i)
+            data[0, 0, : i % 4] = np.nan
+            (tmp_path / "in").mkdir(exist_ok=True)
+            nib.save(image(data), tmp_path / "in" / f"m{i:02d}.nii")
+        options = {"n_workers": 1, "threads_per_worker": 4, "dashboard_address": None}
+        with (
+            distributed.LocalCluster(**options, silence_logs=50) as cluster,
+            distributed.Client(cluster) as client,
+        ):
+            report = extract_cohort(
+                tmp_path / "in", tmp_path / "out", RECIPE, client=client, batch_size=2
+            )
+        for i, record in enumerate(report.records):
+            name = f"{record.source}: {i % 4} voxels are NaN or infinite"
+            assert [warning.startswith(name) for warning in record.warnings] == [True] * (i % 4 > 0)
 
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle, send_handle
+from pickle import PicklingError
 from types import TracebackType
 from typing import Any
 
@@ -199,7 +200,10 @@ class _Client:
 
     def answer(self, what: Any) -> None:
         with contextlib.suppress(OSError):  # it has died; the next wait finds out
-            self.connection.send(what)
+            try:
+                self.connection.send(what)
+            except (TypeError, AttributeError, PicklingError) as error:
+                self.connection.send(RuntimeError(f"{what!r} cannot be sent ({error})."))
 
 
 @dataclass

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpuroi.cohort._ledger import LEDGER_FOLDER
+from gpuroi.cohort._outputs import stem_of_output
 from gpuroi.errors import MissingExtraError
 
 _EXTENSION = re.compile(r"(\.(nii|img|hdr)(\.gz|\.bz2)?|\.mg[hz])$", re.IGNORECASE)
@@ -36,7 +38,6 @@ def find_maps(
     entities: Mapping[str, str | Sequence[str]] | None = None,
     shard: tuple[int, int] | None = None,
     limit: int | None = None,
-    besides: Path | None = None,
 ) -> list[MapFile]:
     """Return the maps that `inputs` name, each once.
 
@@ -54,8 +55,6 @@ def find_maps(
         Take every n-th map from the i-th on, i from 1 to n: for the tasks of a scheduler's array.
     limit : int, optional
         Take the first so many; of a shard, of its own.
-    besides : path, optional
-        A folder whose files are no maps: where the results go.
 
     Raises
     ------
@@ -70,18 +69,13 @@ def find_maps(
     >>> [one.stem for one in find_maps(["maps/sub-01_tmap.nii.gz"])]
     ['sub-01_tmap']
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit!r} leaves nothing to do; pass a number of maps >= 1.")
-    first, step = (0, 1) if shard is None else (_first_of_shard(*shard), shard[1])
+    part_of([], shard=shard, limit=limit)  # what does not exist is told before files are looked for
     wanted = _wanted(entities or {})
     has_entities = _entity_filter(wanted)
-    outside = "\0" if besides is None else os.path.join(os.path.abspath(besides), "")
     found: dict[str, MapFile] = {}
     for source in inputs:
         named = 0
         for one in _named_by(os.fspath(source)):
-            if one.source.startswith(outside):
-                continue
             named += 1
             if has_entities(one.source):
                 found.setdefault(one.source, one)
@@ -97,6 +91,16 @@ def find_maps(
         raise ValueError(f"no map has {asked} in its name.")
     maps = list(found.values())
     _refuse_collisions(maps)
+    return part_of(maps, shard=shard, limit=limit)
+
+
+def part_of(
+    maps: list[MapFile], *, shard: tuple[int, int] | None, limit: int | None
+) -> list[MapFile]:
+    """Return the maps of a shard, no more than `limit`; see `find_maps`."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit!r} leaves nothing to do; pass a number of maps >= 1.")
+    first, step = (0, 1) if shard is None else (_first_of_shard(*shard), shard[1])
     return maps[first::step][:limit]
 
 
@@ -117,7 +121,8 @@ def _named_by(source: str) -> Iterator[MapFile]:
         yield from _in_folder(path)
     elif glob.has_magic(source) and not os.path.exists(path):
         for match in sorted(glob.glob(path, recursive=True)):
-            yield from _named_by(match)
+            if not _is_output(*os.path.split(match)):
+                yield from _named_by(match)
     else:  # a file that is missing is found missing when its turn comes
         yield _one_file(path)
 
@@ -128,31 +133,59 @@ def _one_file(path: str) -> MapFile:
 
 def _listed(path: str) -> Iterator[MapFile]:
     try:
-        lines = Path(path).expanduser().read_text("utf-8").splitlines()
+        lines = Path(path).expanduser().read_text("utf-8-sig").splitlines()
     except OSError as error:
         raise ValueError(f"the list {path} cannot be read: {error.strerror}.") from error
     for line in lines:
         entry = line.strip()
+        if entry.startswith("@"):
+            raise ValueError(f"{path}: {entry} is a list in a list; name its maps, or both lists.")
         if entry and not entry.startswith("#"):
             # A line that names nothing is a file that is missing, whatever is in its name.
             yield from list(_named_by(entry)) or [_one_file(os.path.expanduser(entry))]
 
 
 def _in_folder(folder: str) -> Iterator[MapFile]:
-    """Yield the maps of a folder, of a BIDS dataset the statistical ones, hidden files left out."""
+    """Yield the maps of a folder, of a BIDS dataset the statistical ones, hidden files left out.
+
+    Links to folders are followed, each folder once. Results of gpuroi are no maps.
+    """
     parse = _bids_parser() if os.path.isfile(os.path.join(folder, DESCRIPTION)) else None
-    for parent, folders, names in os.walk(folder):
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        status = os.stat(parent)
+        is_result = parent != folder and LEDGER_FOLDER in folders
+        if is_result or (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = os.path.relpath(parent, folder).replace(os.sep, "/")
         # A folder may be called like a file: it is a failure to tell, not a place to look in.
         for name in sorted([*names, *(name for name in folders if name.endswith(_IN_FOLDERS))]):
             if name.startswith(".") or not name.endswith(_IN_FOLDERS):
                 continue
+            if _is_output(parent, name):
+                continue
             if parse is None or parse(name)["suffix"] in MAP_SUFFIXES:
                 path = os.path.join(parent, name)
                 stem = stem_of(name) if inside == "." else f"{inside}/{stem_of(name)}"
                 yield MapFile(path, os.path.abspath(path), stem)
         folders[:] = [name for name in folders if not name.endswith(_IN_FOLDERS)]
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(
+        f"{error.filename} cannot be looked into ({error.strerror}); what maps are there? Name the "
+        "folders beside it, or make it readable."
+    ) from error
+
+
+def _is_output(folder: str, name: str) -> bool:
+    """Return whether a file is a label image of gpuroi, or the overlap of a cohort."""
+    return stem_of_output(name) is not None or (
+        name == "overlap.nii.gz" and os.path.isdir(os.path.join(folder, LEDGER_FOLDER))
+    )
 
 
 def stem_of(path: str | os.PathLike[str]) -> str:

@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 
 from gpuroi.errors import GpuroiError, OutputError
 
-_FOLDER = ".gpuroi"
+#: Of an output folder, beside the results.
+LEDGER_FOLDER = ".gpuroi"
 
 # Given up on a disk that is full, so that there is room to say what did not fit.
 _RESERVED_BYTES = 2**16
@@ -76,22 +77,28 @@ class Ledger:
 
     def __init__(self, folder: Path, shard: tuple[int, int] | None) -> None:
         self.folder = folder
-        self._n_shards = 1 if shard is None else shard[1]
+        self._n_shards = None if shard is None else shard[1]
         name = "ledger" if shard is None else f"ledger-{shard[0]}of{shard[1]}"
-        (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
-        self._path = folder / _FOLDER / f"{name}.jsonl"
+        (folder / LEDGER_FOLDER).mkdir(parents=True, exist_ok=True)
+        self._path = folder / LEDGER_FOLDER / f"{name}.jsonl"
         self._lock = _lock(self._path)
         self._reserve = self._path.with_suffix(".reserve")
         self._stream: IO[bytes] | None = None
         self.records: dict[str, Record] = {}
 
     def __enter__(self) -> "Ledger":
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise FolderInUseError(
-                f"{self.folder} is in use by another run; wait for it, or write to another folder."
-            ) from error
+        with FileLock(self._path.with_name("gate.lock")):
+            others = set(self._path.parent.glob("ledger*.jsonl")) - set(self._kin())
+            try:
+                if any(map(_is_locked, others)):
+                    raise Timeout(self._lock.lock_file)
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise FolderInUseError(
+                    f"{self.folder} is in use by another run; wait for it, or write to another "
+                    "folder. (At the same time only shards of as many may write to one.)"
+                ) from error
+            self._path.touch()
         try:
             self._open()
         except BaseException:
@@ -100,6 +107,7 @@ class Ledger:
         return self
 
     def _open(self) -> None:
+        _ended(self._path).unlink(missing_ok=True)
         self._reserve.write_bytes(bytes(_RESERVED_BYTES))
         self._stream = self._path.open("ab", buffering=0)
         if self._stream.tell():
@@ -143,10 +151,10 @@ class Ledger:
     def read(self) -> None:
         """Take the records of all shards from the disk."""
         for path in self._path.parent.glob("ledger*.jsonl"):
-            for record in _read(path):
-                known = self.records.get(record.source)
+            for source, record in {one.source: one for one in _read(path)}.items():
+                known = self.records.get(source)
                 if known is None or known.written_ns <= record.written_ns:
-                    self.records[record.source] = record
+                    self.records[source] = record
 
     @contextmanager
     def last_of_shards(self) -> Iterator[bool]:
@@ -155,16 +163,23 @@ class Ledger:
         This one has ended for the others from here on, so that of two that end together, the second
         to come here sees the first ended.
         """
-        if self._n_shards == 1:
-            yield True
-            return
         with FileLock(self._path.with_name("summary.lock")):
-            self._lock.release()
-            ledgers = list(self._path.parent.glob(f"ledger-*of{self._n_shards}.jsonl"))
-            is_last = len(ledgers) == self._n_shards and not any(map(_is_locked, ledgers))
+            _ended(self._path).touch()
+            is_last = all(_ended(path).exists() for path in self._kin())
             if is_last:
                 self.read()
             yield is_last
+
+    def _kin(self) -> list[Path]:
+        """Return the ledgers of all shards, this one's included."""
+        if self._n_shards is None:
+            return [self._path]
+        numbers = range(1, self._n_shards + 1)
+        return [self._path.with_name(f"ledger-{i}of{self._n_shards}.jsonl") for i in numbers]
+
+
+def _ended(ledger: Path) -> Path:
+    return ledger.with_suffix(".ended")
 
 
 def _lock(ledger: Path) -> FileLock:

@@ -1,8 +1,9 @@
 """The files of a map: their names, and whether they are as they were written."""
 
+import glob
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gpuroi import io
@@ -11,7 +12,7 @@ from gpuroi.result import Regions
 
 EXTENSIONS = (".nii.gz", ".tsv", ".json")
 _ENDING = "_desc-regions_dseg"
-_NAME = re.compile(rf"(?P<stem>.+?)(_vol-\d{{4,}})?{_ENDING}(\.nii\.gz|\.tsv|\.json)")
+_NAME = re.compile(rf"(?P<stem>.+?)(_vol-\d{{4,}})?{_ENDING}(?P<extension>\.nii\.gz|\.tsv|\.json)")
 
 
 def output_names(stem: str, n_volumes: int) -> Iterator[str]:
@@ -77,6 +78,26 @@ def _write(content: bytes, path: Path) -> None:
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
         io.write_bytes(content, path, sync=False)
+
+
+def remove_outputs(folder: Path, names: Iterable[str]) -> None:
+    """Remove the files of volumes whose outputs are called `names`."""
+    for name in names:
+        for extension in EXTENSIONS:
+            (folder / f"{name}{extension}").unlink(missing_ok=True)
+
+
+def written_names(folder: Path, stem: str) -> set[str]:
+    """Return how the outputs are called that are there of a map, however many of its volumes."""
+    below, _, name = stem.rpartition("/")
+    found = (folder / below).glob(f"{glob.escape(name)}*{_ENDING}.*")
+    matches = [(path, _NAME.fullmatch(path.name)) for path in found]
+    prefix = f"{below}/" if below else ""
+    return {
+        prefix + path.name[: match.start("extension")]
+        for path, match in matches
+        if match and match["stem"] == name
+    }
 
 
 def is_whole(folder: Path, record: Record) -> bool:

@@ -21,7 +21,7 @@ from gpuroi.cohort._engines import Engine, Job, Outcome, Task, WorkerDiedError
 
 CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
 
-# Units that a process is given before it has ended the first: hides the way there and back.
+# Units that a process is given at once: hides the way there and back.
 _AHEAD = 8
 
 # What a process may need for its last unit, so that it leaves no map with some of its files.
@@ -101,6 +101,7 @@ class Processes(Engine):
                     continue
                 if not worker.is_ready:
                     worker.is_ready = True
+                    self._n_early_deaths = 0
                 elif isinstance(message, Exception):
                     raise message
                 else:
@@ -112,13 +113,14 @@ class Processes(Engine):
             len(self._workers) < len(pending.look_ahead(self._n_workers))
         ):
             self._workers.append(self._start())
-        # A process is given more when it has half of its units left: no wait, few messages; and
-        # less and less towards the end, so that all end together.
+        # Only to a process that waits for it: one that is busy may itself be waiting until its
+        # outcomes are read, and both would wait for ever. Less and less towards the end, so that
+        # all end together.
         n_left = len(pending.look_ahead(2 * self._n_workers * _AHEAD))
         share = max(1, n_left // (2 * self._n_workers))
         for worker in self._workers:
-            if len(worker.assigned) <= _AHEAD // 2 and pending:
-                units = pending.take(min(share, _AHEAD - len(worker.assigned)))
+            if not worker.assigned and pending:
+                units = pending.take(min(share, _AHEAD))
                 worker.assigned.extend(units)
                 with contextlib.suppress(OSError):  # it has died; the next wait finds out
                     worker.connection.send((task, units))

@@ -7,8 +7,8 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import cycle
+from dataclasses import dataclass, field, replace
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +19,12 @@ from gpuroi import io
 from gpuroi.backends import Backend, environments, get_backend
 from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._consumer import Consumer
-from gpuroi.cohort._discover import MapFile, find_maps
+from gpuroi.cohort._discover import MapFile, find_maps, part_of
 from gpuroi.cohort._engines import Engine, ThisProcess, WorkerDiedError, each_outcome
 from gpuroi.cohort._ledger import Ledger, Record, disk_errors
-from gpuroi.cohort._outputs import stem_of_output
+from gpuroi.cohort._outputs import output_names, remove_outputs, stem_of_output, written_names
 from gpuroi.cohort._processes import Processes
-from gpuroi.cohort._summary import write_failures, write_summary
+from gpuroi.cohort._summary import remove_summary, write_failures, write_summary
 from gpuroi.cohort._tasks import Job, Tools, check, extract, failed, identify, make_tools
 from gpuroi.errors import OutputError
 from gpuroi.recipe import Recipe, make_recipe
@@ -159,7 +159,11 @@ def extract_cohort(
     n_jobs = _at_least_one("jobs", jobs) or _n_cores()
     batch_size = _at_least_one("batch_size", batch_size)
     folder = Path(out_dir).expanduser().absolute()
-    maps = find_maps(inputs, entities=entities, shard=shard, limit=limit, besides=folder)
+    everything = find_maps(inputs, entities=entities)
+    if client is not None:  # its workers have folders of their own that they work in
+        everything = [replace(one, path=one.source) for one in everything]
+    maps = part_of(everything, shard=shard, limit=limit)
+    shards = [shard] if shard is None else [(i, shard[1]) for i in range(1, shard[1] + 1)]
     job = Job(
         folder,
         chosen,
@@ -179,12 +183,13 @@ def extract_cohort(
                 with ledger.last_of_shards() as is_last:
                     summary = {}
                     if is_last:
-                        records = ledger.records.values()
-                        summary = write_summary(folder, engine, records, job.parameters)
-        except OutputError:  # no process works any more: what room is left is for the failures
+                        parts = (part_of(everything, shard=one, limit=limit) for one in shards)
+                        records = run.records_of(chain.from_iterable(parts), ledger)
+                        summary = write_summary(folder, engine, records)
+        except OutputError:  # nobody works any more: what room is left is for the failures
             ledger.give_up_reserve()
             with contextlib.suppress(OSError):
-                write_failures(folder, ledger.records.values(), job.parameters)
+                write_failures(folder, run.records_of(maps, ledger))
             raise
         finally:
             _remove_temporaries(folder, maps)  # of processes that have died
@@ -242,13 +247,22 @@ class _Run:
             and record.stem == one.stem
         )
 
+    def records_of(self, maps: Iterable[MapFile], ledger: Ledger) -> list[Record]:
+        """Return the records of these maps that are of these parameters."""
+        found = (ledger.records.get(one.source) for one in maps)
+        return [one for one in found if one and one.parameters == self._job.parameters]
+
     def work_on(self, todo: list[MapFile], unit_size: int, ledger: Ledger) -> None:
         """Extract the maps, and write down what becomes of each as it ends."""
         self._tell(len(todo), None)
+        if todo:
+            remove_summary(self._job.folder)
         outcome: Any
         for one, outcome in each_outcome(self._engine, extract, todo, unit_size):
             if isinstance(outcome, WorkerDiedError):
                 outcome = failed(one, self._job.parameters, outcome)
+                remove_outputs(self._job.folder, written_names(self._job.folder, one.stem))
+            self._remove_superseded(ledger.records.get(one.source), outcome)
             ledger.add(outcome)
             if outcome.error == OutputError.__name__:
                 raise OutputError(outcome.message)
@@ -257,6 +271,13 @@ class _Run:
             else:
                 self.failures.append(outcome)
             self._tell(len(todo), outcome)
+
+    def _remove_superseded(self, before: Record | None, now: Record) -> None:
+        """Remove what an earlier run has written of a map and this one has not written anew."""
+        if before is not None:
+            names = set(output_names(before.stem, before.n_volumes))
+            names -= set(output_names(now.stem, now.n_volumes))
+            remove_outputs(self._job.folder, names)
 
     def _tell(self, n_to_do: int, latest: Record | None) -> None:
         self._on_progress(

@@ -5,6 +5,7 @@ import io as text_io
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from gpuroi import io
 from gpuroi.cohort._discover import DESCRIPTION
 from gpuroi.cohort._engines import Engine, each_outcome, in_units
 from gpuroi.cohort._ledger import Record
+from gpuroi.cohort._outputs import stem_of_output
 from gpuroi.cohort._tasks import Sum, sum_up
 from gpuroi.overlap import Overlap
 
@@ -25,23 +27,24 @@ _FAILURE = ("source", "error", "message")
 _MAPS_A_SUM = 64
 
 
-def write_summary(
-    folder: Path, engine: Engine, records: Iterable[Record], parameters: str
-) -> dict[str, Path]:
-    """Write the summaries of all `records` made with `parameters`; return their paths.
+def remove_summary(folder: Path) -> None:
+    """Remove the summaries of an earlier run: they are not of what will be there."""
+    for name in (_TABLE, _OVERLAP, _FAILURES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_summary(folder: Path, engine: Engine, records: Iterable[Record]) -> dict[str, Path]:
+    """Write the summaries of all `records`; return their paths.
 
     In the order of the names, so that the bytes do not depend on which map came first. One map that
     is done has no summary but itself; no failure, no failures.tsv.
     """
-    made = sorted(
-        (record for record in records if record.parameters == parameters),
-        key=lambda record: record.stem,
-    )
+    made = sorted(records, key=lambda record: record.stem)
     done = [record for record in made if record.status == "done"]
     paths = {"description": folder / DESCRIPTION}
     for path in folder.glob(".*.tmp"):  # of a run that was killed in the middle of this
         match = io.TEMPORARY.fullmatch(path.name)
-        if match and match["name"] in (DESCRIPTION, _TABLE, _OVERLAP, _FAILURES):
+        if match and stem_of_output(match["name"]) is None:
             path.unlink(missing_ok=True)
     io.write_text(_description(made), paths["description"])
 
@@ -57,18 +60,14 @@ def write_summary(
         paths["overlap"] = overlap_file
     else:
         overlap_file.unlink(missing_ok=True)
-    failed = write_failures(folder, made, parameters)
+    failed = write_failures(folder, made)
     return paths | ({} if failed is None else {"failures": failed})
 
 
-def write_failures(folder: Path, records: Iterable[Record], parameters: str) -> Path | None:
-    """Write the failures of `records` made with `parameters`; return where, if there are any."""
+def write_failures(folder: Path, records: Iterable[Record]) -> Path | None:
+    """Write the failures of `records`; return where, if there are any."""
     path = folder / _FAILURES
-    failures = [
-        record
-        for record in records
-        if record.parameters == parameters and record.status == "failed"
-    ]
+    failures = [record for record in records if record.status == "failed"]
     if not failures:
         path.unlink(missing_ok=True)
         return None
@@ -78,7 +77,9 @@ def write_failures(folder: Path, records: Iterable[Record], parameters: str) -> 
 
 def _sums(engine: Engine, done: list[Record]) -> Iterator[Sum]:
     """Yield the sums of runs of records, in order, as processes make them."""
-    chunks = list(in_units(done, _MAPS_A_SUM))
+    # What is sent to the processes is what they need.
+    named = (replace(record, message="", warnings=()) for record in done)
+    chunks = list(in_units(named, _MAPS_A_SUM))
     place_of = {chunk[0].stem: place for place, chunk in enumerate(chunks)}
     early: dict[int, Sum] = {}
     place = 0
@@ -98,8 +99,8 @@ def _write_table(path: Path, sums: Iterable[Sum], overlap: Overlap) -> None:
         for one in sums:
             if not header:
                 header = f"map\t{one.header}\n"
-                file.write(header.encode())
-            file.write("".join(f"{row}\n" for row in one.rows).encode())
+                file.write(io.encoded(header))
+            file.write(io.encoded("".join(f"{row}\n" for row in one.rows)))
             overlap.merge(one.overlap)
 
 
@@ -136,7 +137,7 @@ def _source_datasets(made: list[Record]) -> list[dict[str, Any]]:
 
     @cache  # for this call: a folder may become a dataset
     def dataset_of(folder: Path) -> Path | None:
-        if (folder / DESCRIPTION).is_file():
+        if os.path.isfile(folder / DESCRIPTION):  # noqa: PTH113  # of a forbidden folder: False
             return folder
         return None if folder.parent == folder else dataset_of(folder.parent)
 

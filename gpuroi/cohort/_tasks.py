@@ -6,7 +6,7 @@ Every failure of a map becomes a record; only the loss of the device ends a task
 import contextlib
 import ctypes
 import os
-import warnings
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,13 +19,19 @@ from gpuroi import io
 from gpuroi.backends import get_backend
 from gpuroi.cohort._consumer import RemoteFinder
 from gpuroi.cohort._discover import MapFile
-from gpuroi.cohort._engines import in_units
 from gpuroi.cohort._ledger import Record
 from gpuroi.cohort._outputs import Written, is_whole, map_name, output_names
-from gpuroi.errors import DeviceLostError, InvalidMapError, warn
+from gpuroi.errors import DeviceLostError, InvalidMapError, collected_warnings, warn
 from gpuroi.overlap import Overlap
 from gpuroi.pipeline import ComputedBy, Finder, Found, Prepared, finish, in_batches, prepare
 from gpuroi.recipe import Recipe
+
+_PAIR = re.compile(r"\.(hdr|img)((?:\.gz|\.bz2)?)$")
+
+_BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+
+# Compressed bytes of maps that are held at once for a device, whatever the size of a unit.
+_MOST_FILE_BYTES = 128 * 2**20
 
 # Of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -92,7 +98,8 @@ class Tools:
 
 def make_tools(job: Job, device: Connection | None = None) -> Tools:
     """Return the tools of a process, which has one thread of BLAS and its memory to itself."""
-    threadpool_limits(1)
+    threadpool_limits(1)  # of what is loaded; of what will be:
+    os.environ.update(dict.fromkeys(_BLAS_THREADS, "1"))
     _keep_freed_memory()
     return Tools(job, device)
 
@@ -114,8 +121,21 @@ def extract(tools: Tools, unit: tuple[MapFile, ...]) -> list[Record]:
 
     A device is given them together; a processor one by one, as long as they are in its cache.
     """
-    together = 1 if tools.is_host else len(unit)
-    return [record for maps in in_units(unit, together) for record in _extract(tools, maps)]
+    return [record for maps in _together(tools, unit) for record in _extract(tools, maps)]
+
+
+def _together(tools: Tools, unit: tuple[MapFile, ...]) -> Iterator[tuple[MapFile, ...]]:
+    """Yield the maps of `unit` as many at once as are to be held in memory."""
+    maps: list[MapFile] = []
+    held = 0
+    for one in unit:
+        n_bytes = identify(one.path)[0]
+        if maps and (tools.is_host or held + n_bytes > _MOST_FILE_BYTES):
+            yield tuple(maps)
+            maps, held = [], 0
+        maps.append(one)
+        held += n_bytes
+    yield tuple(maps)
 
 
 def _extract(tools: Tools, unit: tuple[MapFile, ...]) -> list[Record]:
@@ -148,13 +168,12 @@ def _open(one: MapFile) -> _Opened:
 
 def _find(tools: Tools, opened: list[_Opened]) -> None:
     """Find the regions of several maps together: a device likes large batches."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with collected_warnings() as warnings:
         found = tools.find([volume for one in opened for volume in one.volumes])
         for one in opened:
             one.found = list(islice(found, len(one.volumes)))
     if opened:
-        opened[0].warnings += [str(warning.message) for warning in caught]
+        opened[0].warnings += warnings
 
 
 def _write(tools: Tools, opened: _Opened) -> Record:
@@ -228,14 +247,28 @@ def _sum(folder: Path, records: tuple[Record, ...]) -> Sum:
     for record in records:
         for name in output_names(record.stem, record.n_volumes):
             header, *table = (folder / f"{name}.tsv").read_text("utf-8").splitlines()
-            rows += [f"{map_name(name)}\t{row}" for row in table]
+            label = " ".join(map_name(name).split())  # no tab, no new line
+            rows += [f"{label}\t{row}" for row in table]
             (labels,) = io.read_maps(folder / f"{name}.nii.gz")
             overlap.add(labels.data != 0, labels.affine, labels.header)
     return Sum(header, rows, overlap)
 
 
 def identify(path: str) -> tuple[int, int]:
-    """Return a file's size and time of change in ns, -1 both if it is not there."""
+    """Return a file's size and time of change in ns, -1 both if it is not there.
+
+    Of a .hdr or .img, both files' together.
+    """
+    if match := _PAIR.search(path):
+        sizes, times = zip(
+            *(_identify(path[: match.start()] + kind + match[2]) for kind in (".hdr", ".img")),
+            strict=True,
+        )
+        return sum(sizes), max(times)
+    return _identify(path)
+
+
+def _identify(path: str) -> tuple[int, int]:
     try:
         found = os.stat(path)  # noqa: PTH116  # not worth a Path a map
     except OSError:
@@ -246,13 +279,12 @@ def identify(path: str) -> tuple[int, int]:
 @contextlib.contextmanager
 def _caught(opened: _Opened) -> Iterator[None]:
     """Keep the warnings of the block, and the error that ends it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with collected_warnings() as warnings:
         try:
             yield
         except Exception as error:  # whatever is wrong with a map is a record, not the end
             opened.error = error
-    opened.warnings += [str(warning.message) for warning in caught]
+    opened.warnings += warnings
 
 
 def _keep_freed_memory() -> None:

@@ -130,9 +130,14 @@ def write_image(image: nib.Nifti1Image, path: Path) -> None:
     write_bytes(compressed(image), path)
 
 
+def encoded(text: str) -> bytes:
+    """Return `text` in UTF-8, bytes of file names that are no UTF-8 as they are."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def write_text(text: str, path: Path) -> None:
     """Write `text` in UTF-8."""
-    write_bytes(text.encode(), path)
+    write_bytes(encoded(text), path)
 
 
 def write_bytes(content: bytes, path: Path, *, sync: bool = True) -> None:
