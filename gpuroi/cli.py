@@ -65,7 +65,7 @@ def _program(
         "failed. The same command once more goes on where it was stopped."
         "\n\n"
         "Exit code: 0 all maps done, 1 some failed or the run had to stop, 2 the command cannot "
-        "be carried out."
+        "be carried out, 130 interrupted."
     ),
     # --participant_label, as BIDS Apps have it, and all other options that way, too.
     context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},

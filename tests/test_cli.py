@@ -174,8 +174,10 @@ class TestExtract:
             write_map(name, DATA * scale)
             succeed("extract", name, *BOTH, "-o", "alone")
         succeed("extract", "a.nii", "b.nii.gz", "c.nii", *BOTH, "-o", "out")
-        assert written("out") == outputs("a", "b", "c") == written("alone")
-        for name in written("out")[1:]:  # of the ledger, the order of lines is that of the ends
+        assert written("out") == outputs("a", "b", "c")
+        alone = [name for name in written("out") if name not in ("overlap.nii.gz", "regions.tsv")]
+        assert written("alone") == alone  # what is of several maps is of those that are named
+        for name in alone[1:]:  # of the ledger, the order of lines is that of the ends
             assert (Path("out") / name).read_bytes() == (Path("alone") / name).read_bytes()
 
     def test_volumes_of_a_series_have_a_number_each(self):
@@ -969,7 +971,7 @@ class TestFailures:
             result = run("extract", write_map("m.nii"), "-o", "out")
         assert result.exit_code == 2
         assert re.fullmatch(
-            r"error: .*/out is in use by another run; wait for it, or write to another folder\.\n",
+            r"error: .*/out is in use by another run; wait for it, or write to another .*\n",
             result.stderr,
         )
 

@@ -115,6 +115,18 @@ class TestHandingOver:
                     for name in vars(one):
                         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
+    def test_an_error_that_nobody_foresaw_is_of_the_map_not_of_the_device(self, serve, blobs):
+        class Odd(Exception):  # which cannot be sent: its class has no place
+            def __init__(self, one, other):
+                super().__init__("odd")
+
+        def fails(maps):
+            raise Odd(1, 2)
+
+        finder = serve(make_recipe(3.0), lambda name: Device(fails))()
+        with pytest.raises(ValueError, match="Odd: odd"):
+            finder([prepare(*io.read_maps(image(blobs())))])
+
     def test_what_the_device_is(self, serve):
         finder = serve(make_recipe(), lambda name: Device())()
         assert (finder.computed_by.name, finder.batch_bytes) == ("device", 100_000)

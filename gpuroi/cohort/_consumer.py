@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle, send_handle
-from pickle import PicklingError
 from types import TracebackType
 from typing import Any
 
@@ -25,12 +24,26 @@ from numpy.typing import NDArray
 from gpuroi import io
 from gpuroi.backends import get_backend
 from gpuroi.cohort._processes import CONTEXT, start
-from gpuroi.errors import DeviceLostError
+from gpuroi.errors import (
+    BackendUnavailableError,
+    DeviceLostError,
+    DeviceMemoryError,
+    InvalidMapError,
+)
 from gpuroi.pipeline import Finder, Found, Prepared, Upload, stacked
 from gpuroi.recipe import Recipe
 
 # Batches on their way to the device or on it: one is copied while the other is worked on.
 _MOST_ON_DEVICE = 2
+
+# Of these, RuntimeErrors are the device's, as CuPy's are; the others are of one map.
+_TOLD_APART: tuple[type[Exception], ...] = (
+    BackendUnavailableError,
+    RuntimeError,
+    DeviceMemoryError,
+    InvalidMapError,
+    ValueError,
+)
 
 _ENDED = "the process of the device has ended."
 
@@ -59,6 +72,22 @@ class _Request:
     dtype: str
     new_bytes: int = 0  # size of the shared memory that comes behind; 0: of the latest
     volumes: NDArray[Any] | None = None  # where memory cannot be shared
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What an exception says: not every one can be sent, and made again, as it is."""
+
+    kind: type[Exception]
+    message: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "_Failure":
+        """Return the failure as the nearest of the classes that its reader tells apart."""
+        for kind in _TOLD_APART:
+            if isinstance(error, kind):
+                return cls(kind, str(error))
+        return cls(ValueError, f"{type(error).__name__}: {error}")  # of one map, not of the device
 
 
 class Consumer:
@@ -175,8 +204,8 @@ class RemoteFinder:
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             raise DeviceLostError(_ENDED) from error
-        if isinstance(answer, Exception):
-            raise answer
+        if isinstance(answer, _Failure):
+            raise answer.kind(answer.message)
         return answer
 
 
@@ -200,10 +229,7 @@ class _Client:
 
     def answer(self, what: Any) -> None:
         with contextlib.suppress(OSError):  # it has died; the next wait finds out
-            try:
-                self.connection.send(what)
-            except (TypeError, AttributeError, PicklingError) as error:
-                self.connection.send(RuntimeError(f"{what!r} cannot be sent ({error})."))
+            self.connection.send(_Failure.of(what) if isinstance(what, Exception) else what)
 
 
 @dataclass
