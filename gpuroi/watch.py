@@ -4,7 +4,6 @@ import builtins
 import os
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from gpuroi.screen import counted, say
@@ -51,12 +50,7 @@ class Watch:
             self._looking.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for shown in (self._looking, self._bar):
             if shown is not None:
                 shown.stop()

@@ -6,7 +6,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
@@ -40,12 +39,7 @@ class Cluster(Engine):
             _together, self._run_id, make_tools, arguments, pure=False, key=f"job-{self._run_id}"
         )
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Wait until no worker writes any more, whatever has ended the run."""
         with contextlib.suppress(Exception):  # there may be nobody left to ask
             self._client.cancel([*self._submitted, self._shared], force=True)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle, send_handle
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -109,12 +108,7 @@ class Consumer:
     def __enter__(self) -> "Consumer":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._control.close()
         self._process.join(10)
         if self._process.is_alive():

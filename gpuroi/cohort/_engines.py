@@ -8,7 +8,6 @@ its outcomes, as units end.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
-from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 Job = TypeVar("Job")
@@ -38,12 +37,7 @@ class ThisProcess(Engine):
     def __init__(self, tools: Any) -> None:
         self._tools = tools
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def run(

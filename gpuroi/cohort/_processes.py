@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection, wait
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 from gpuroi.cohort._engines import Engine, Job, Outcome, Task, WorkerDiedError
@@ -66,12 +66,7 @@ class Processes(Engine):
         self._workers: list[_Worker] = []
         self._n_early_deaths = 0
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for worker in self._workers:
             worker.connection.close()  # which ends the process once its unit is done
         for worker in self._workers:
