@@ -23,6 +23,7 @@ from gpuroi.cohort import _run, _tasks, extract_cohort, find_maps
 from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._engines import WorkerDiedError, each_outcome
 from gpuroi.cohort._ledger import FolderInUseError, Ledger
+from gpuroi.cohort._outputs import written_names
 from gpuroi.cohort._processes import Processes
 from gpuroi.cohort._tasks import Job, make_tools
 from gpuroi.recipe import make_recipe
@@ -606,6 +607,58 @@ class TestResuming:
             path.write_bytes(b"no map") if data is None else nib.save(image(data), path)
             extract_cohort(path, tmp_path / "out", RECIPE)
             assert len(names()) == n_files
+
+    def test_no_outputs_of_other_maps_are_removed(self, tmp_path, blobs):
+        names = ["x.nii.gz", "A/x.nii.gz", "b_vol-0001.nii.gz", "B/x.nii.gz"]
+        save_maps(tmp_path / "m", names, blobs)
+        out = tmp_path / "out"
+
+        def labels():
+            return {path.relative_to(out).as_posix() for path in out.rglob("*_dseg.nii.gz")}
+
+        extract_cohort(tmp_path / "m" / "A", out, RECIPE, jobs=1)  # A/x is called x
+        extract_cohort(tmp_path / "m", out, RECIPE, jobs=1)  # now m/x is
+        stems = ["x", "A/x", "B/x", "b_vol-0001"]
+        assert labels() == {f"{stem}_desc-regions_dseg.nii.gz" for stem in stems}
+        assert extract_cohort(tmp_path / "m", out, RECIPE, jobs=1).n_skipped == 4
+        assert written_names(out, "b") == {"b_vol-0001_desc-regions_dseg"}  # it could be
+        assert written_names(out, "b_vol-0001") == {"b_vol-0001_desc-regions_dseg"}
+
+        extract_cohort(tmp_path / "m" / "B", out, RECIPE, jobs=1)  # takes the place of m/x
+        (tmp_path / "m" / "x.nii.gz").write_bytes(b"no map")
+        extract_cohort(tmp_path / "m" / "x.nii.gz", out, RECIPE)
+        assert "x_desc-regions_dseg.nii.gz" in labels()  # B's
+
+    def test_the_place_of_a_series_is_taken_whole(self, tmp_path, blobs):
+        series = np.stack([blobs(seed=seed) for seed in range(3)], axis=-1)
+        for name, data in [("A", series), ("B", series[..., 0])]:
+            (tmp_path / name).mkdir()
+            nib.save(image(data), tmp_path / name / "x.nii.gz")
+            extract_cohort(tmp_path / name / "x.nii.gz", tmp_path / "out", RECIPE)
+        assert len([name for name in contents(tmp_path / "out") if name.startswith("x")]) == 3
+
+    def test_results_beside_and_among_the_maps(self, tmp_path, blobs, monkeypatch):
+        save_maps(tmp_path / "m", ["a.nii.gz", "b.nii.gz", "sub/c.nii.gz"], blobs)
+        monkeypatch.chdir(tmp_path / "m")
+        for out in (".", "sub"):
+            for inputs, n_maps in [(".", 3), ("*", 3), ("**/*", 3)]:
+                assert len(extract_cohort(inputs, out, RECIPE, jobs=1).maps) == n_maps
+
+    def test_the_description_of_a_dataset_stays(self, tmp_path, blobs):
+        save_maps(tmp_path, ["sub-01_stat-t_statmap.nii.gz"], blobs)
+        description = tmp_path / "dataset_description.json"
+        description.write_text('{"Name": "theirs"}')
+        for _ in range(2):
+            assert len(extract_cohort(tmp_path, tmp_path, RECIPE).maps) == 1
+        assert description.read_text() == '{"Name": "theirs"}'
+
+    def test_a_shard_that_ended_with_other_work_has_not_ended(self, cohort, tmp_path):
+        for recipe in (RECIPE, RECIPE | {"threshold": "95%"}):
+            summaries = [
+                extract_cohort(cohort, tmp_path / "out", recipe, jobs=1, shard=(i, 2)).summary
+                for i in (1, 2)
+            ]
+            assert [bool(summary) for summary in summaries] == [False, True]
 
     def test_summaries_are_about_the_maps_that_are_named(self, cohort, tmp_path):
         out = tmp_path / "out"

@@ -114,6 +114,7 @@ def _do(
 
 async def _end(run_id: str) -> None:
     """Begin no unit of a run any more, and wait until those that were begun are over."""
-    _ended.add(run_id)
+    with _lock:
+        _ended.add(run_id)
     while _n_at_work[run_id]:
         await asyncio.sleep(0.05)

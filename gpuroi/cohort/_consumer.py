@@ -215,9 +215,12 @@ class _Client:
         if request.volumes is not None:
             return request.volumes
         if request.new_bytes:
+            self.shared = None  # if the new one cannot be had, the old one is not it
             memory = recv_handle(self.connection)
-            self.shared = mmap.mmap(memory, request.new_bytes)
-            os.close(memory)
+            try:
+                self.shared = mmap.mmap(memory, request.new_bytes)
+            finally:
+                os.close(memory)
         assert self.shared is not None
         return np.ndarray(request.shape, request.dtype, self.shared)
 

@@ -1,6 +1,7 @@
 """From what the user names to the files to work on, and what their outputs are called."""
 
 import glob
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuroi.cohort._ledger import LEDGER_FOLDER
-from gpuroi.cohort._outputs import stem_of_output
+from gpuroi.cohort._outputs import stems_of_output
 from gpuroi.errors import MissingExtraError
 
 _EXTENSION = re.compile(r"(\.(nii|img|hdr)(\.gz|\.bz2)?|\.mg[hz])$", re.IGNORECASE)
@@ -18,6 +19,8 @@ _IN_FOLDERS = (".nii", ".nii.gz")
 
 #: A folder with this file is a BIDS dataset.
 DESCRIPTION = "dataset_description.json"
+
+_SUMMARIES = (DESCRIPTION, "overlap.nii.gz", "regions.tsv", "failures.tsv", "report.html")
 
 #: Suffixes of BIDS derivatives that are statistical maps.
 MAP_SUFFIXES = ("statmap", "tmap", "zmap", "effect", "stat")
@@ -150,12 +153,11 @@ def _in_folder(folder: str) -> Iterator[MapFile]:
 
     Links to folders are followed, each folder once. Results of gpuroi are no maps.
     """
-    parse = _bids_parser() if os.path.isfile(os.path.join(folder, DESCRIPTION)) else None
+    parse = _bids_parser() if is_dataset(folder) else None
     seen: set[tuple[int, int]] = set()
     for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         status = os.stat(parent)
-        is_result = parent != folder and LEDGER_FOLDER in folders
-        if is_result or (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -182,10 +184,22 @@ def _refuse(error: OSError) -> None:
 
 
 def _is_output(folder: str, name: str) -> bool:
-    """Return whether a file is a label image of gpuroi, or the overlap of a cohort."""
-    return stem_of_output(name) is not None or (
-        name == "overlap.nii.gz" and os.path.isdir(os.path.join(folder, LEDGER_FOLDER))
+    """Return whether a file is an output of gpuroi."""
+    return bool(stems_of_output(name)) or (
+        name in _SUMMARIES and os.path.isdir(os.path.join(folder, LEDGER_FOLDER))
     )
+
+
+def is_dataset(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder is a BIDS dataset that somebody else than gpuroi has described."""
+    try:
+        described = json.loads(Path(folder, DESCRIPTION).read_text("utf-8"))
+        makers = [maker["Name"] for maker in described.get("GeneratedBy", [])]
+    except OSError:
+        return False
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return True  # badly described
+    return makers != ["gpuroi"]
 
 
 def stem_of(path: str | os.PathLike[str]) -> str:

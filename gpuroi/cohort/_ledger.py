@@ -73,6 +73,8 @@ class Ledger:
     ----------
     records : dict
         The newest record of each source, this run's included.
+    owners : dict
+        The newest record of each stem that is done: whose outputs are there.
     """
 
     def __init__(self, folder: Path, shard: tuple[int, int] | None) -> None:
@@ -85,6 +87,7 @@ class Ledger:
         self._reserve = self._path.with_suffix(".reserve")
         self._stream: IO[bytes] | None = None
         self.records: dict[str, Record] = {}
+        self.owners: dict[str, Record] = {}
 
     def __enter__(self) -> "Ledger":
         with FileLock(self._path.with_name("gate.lock")):
@@ -133,7 +136,7 @@ class Ledger:
         except OSError:
             self.give_up_reserve()
             self._append(line)
-        self.records[record.source] = record
+        self._take(record)
 
     def give_up_reserve(self) -> None:
         """Make the last room there is."""
@@ -154,18 +157,27 @@ class Ledger:
             for source, record in {one.source: one for one in _read(path)}.items():
                 known = self.records.get(source)
                 if known is None or known.written_ns <= record.written_ns:
-                    self.records[source] = record
+                    self._take(record)
+
+    def _take(self, record: Record) -> None:
+        self.records[record.source] = record
+        owner = self.owners.get(record.stem)
+        is_newer = owner is None or owner.written_ns <= record.written_ns
+        if record.status == "done" and is_newer:
+            self.owners[record.stem] = record
 
     @contextmanager
-    def last_of_shards(self) -> Iterator[bool]:
+    def last_of_shards(self, work: str) -> Iterator[bool]:
         """Yield whether every other shard has ended; until the block ends, none of them sums up.
+
+        `work` tells what the shards are of: one that has ended with other work has not ended.
 
         This one has ended for the others from here on, so that of two that end together, the second
         to come here sees the first ended.
         """
         with FileLock(self._path.with_name("summary.lock")):
-            _ended(self._path).touch()
-            is_last = all(_ended(path).exists() for path in self._kin())
+            _ended(self._path).write_text(work)
+            is_last = all(_has_ended(path, work) for path in self._kin())
             if is_last:
                 self.read()
             yield is_last
@@ -180,6 +192,11 @@ class Ledger:
 
 def _ended(ledger: Path) -> Path:
     return ledger.with_suffix(".ended")
+
+
+def _has_ended(ledger: Path, work: str) -> bool:
+    path = _ended(ledger)
+    return path.is_file() and path.read_text() == work
 
 
 def _lock(ledger: Path) -> FileLock:

@@ -12,7 +12,8 @@ from gpuroi.result import Regions
 
 EXTENSIONS = (".nii.gz", ".tsv", ".json")
 _ENDING = "_desc-regions_dseg"
-_NAME = re.compile(rf"(?P<stem>.+?)(_vol-\d{{4,}})?{_ENDING}(?P<extension>\.nii\.gz|\.tsv|\.json)")
+_ANY_EXTENSION = "|".join(map(re.escape, EXTENSIONS))
+_NAME = re.compile(rf"(?P<stem>.+?)(_vol-\d{{4,}})?{_ENDING}({_ANY_EXTENSION})", re.DOTALL)
 
 
 def output_names(stem: str, n_volumes: int) -> Iterator[str]:
@@ -22,10 +23,13 @@ def output_names(stem: str, n_volumes: int) -> Iterator[str]:
         yield f"{stem}{volume}{_ENDING}"
 
 
-def stem_of_output(name: str) -> str | None:
-    """Return the stem of the map that the output file `name` is of, None of other files."""
+def stems_of_output(name: str) -> tuple[str, ...]:
+    """Return the stems that the map may have of which the file `name` is an output; none of others.
+
+    ``a_vol-0001`` may be a volume of ``a``, or a map of that name.
+    """
     match = _NAME.fullmatch(name)
-    return match["stem"] if match else None
+    return (match["stem"], match["stem"] + (match[2] or "")) if match else ()
 
 
 def map_name(name: str) -> str:
@@ -90,14 +94,13 @@ def remove_outputs(folder: Path, names: Iterable[str]) -> None:
 def written_names(folder: Path, stem: str) -> set[str]:
     """Return how the outputs are called that are there of a map, however many of its volumes."""
     below, _, name = stem.rpartition("/")
+    of_stem = re.compile(
+        rf"{re.escape(name)}(_vol-\d{{4,}})?{_ENDING}(?P<extension>{_ANY_EXTENSION})"
+    )
     found = (folder / below).glob(f"{glob.escape(name)}*{_ENDING}.*")
-    matches = [(path, _NAME.fullmatch(path.name)) for path in found]
     prefix = f"{below}/" if below else ""
-    return {
-        prefix + path.name[: match.start("extension")]
-        for path, match in matches
-        if match and match["stem"] == name
-    }
+    matches = (of_stem.fullmatch(path.name) for path in found)
+    return {prefix + match.string[: match.start("extension")] for match in matches if match}
 
 
 def is_whole(folder: Path, record: Record) -> bool:

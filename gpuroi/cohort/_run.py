@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain, cycle
@@ -22,7 +22,13 @@ from gpuroi.cohort._consumer import Consumer
 from gpuroi.cohort._discover import MapFile, find_maps, part_of
 from gpuroi.cohort._engines import Engine, ThisProcess, WorkerDiedError, each_outcome
 from gpuroi.cohort._ledger import Ledger, Record, disk_errors
-from gpuroi.cohort._outputs import output_names, remove_outputs, stem_of_output, written_names
+from gpuroi.cohort._outputs import (
+    map_name,
+    output_names,
+    remove_outputs,
+    stems_of_output,
+    written_names,
+)
 from gpuroi.cohort._processes import Processes
 from gpuroi.cohort._summary import remove_summary, write_failures, write_summary
 from gpuroi.cohort._tasks import Job, Tools, check, extract, failed, identify, make_tools
@@ -178,9 +184,9 @@ def extract_cohort(
                 engine, unit_size = _engine(stack, job, maps, n_jobs, batch_size, client)
                 run = _Run(job, engine, on_progress or (lambda progress: None))
                 todo = run.to_do(maps, ledger, retry_failed)
-                run.work_on(todo, unit_size, ledger)
+                run.work_on(todo, unit_size, ledger, everything)
                 records_of_maps = tuple(ledger.records[one.source] for one in maps)
-                with ledger.last_of_shards() as is_last:
+                with ledger.last_of_shards(_work(job, everything, limit)) as is_last:
                     summary = {}
                     if is_last:
                         parts = (part_of(everything, shard=one, limit=limit) for one in shards)
@@ -252,17 +258,26 @@ class _Run:
         found = (ledger.records.get(one.source) for one in maps)
         return [one for one in found if one and one.parameters == self._job.parameters]
 
-    def work_on(self, todo: list[MapFile], unit_size: int, ledger: Ledger) -> None:
-        """Extract the maps, and write down what becomes of each as it ends."""
+    def work_on(
+        self, todo: list[MapFile], unit_size: int, ledger: Ledger, everything: list[MapFile]
+    ) -> None:
+        """Extract the maps, and write down what becomes of each as it ends.
+
+        `everything` are the maps of all shards, whose outputs are not to be touched.
+        """
         self._tell(len(todo), None)
         if todo:
             remove_summary(self._job.folder)
+        stems = {one.stem for one in everything}
         outcome: Any
         for one, outcome in each_outcome(self._engine, extract, todo, unit_size):
             if isinstance(outcome, WorkerDiedError):
                 outcome = failed(one, self._job.parameters, outcome)
-                remove_outputs(self._job.folder, written_names(self._job.folder, one.stem))
-            self._remove_superseded(ledger.records.get(one.source), outcome)
+                names = written_names(self._job.folder, one.stem)
+                taken = stems | set(ledger.owners)
+                names = {name for name in names if map_name(name) not in taken - {outcome.stem}}
+                remove_outputs(self._job.folder, names)
+            self._remove_superseded(outcome, ledger, stems)
             ledger.add(outcome)
             if outcome.error == OutputError.__name__:
                 raise OutputError(outcome.message)
@@ -272,12 +287,24 @@ class _Run:
                 self.failures.append(outcome)
             self._tell(len(todo), outcome)
 
-    def _remove_superseded(self, before: Record | None, now: Record) -> None:
-        """Remove what an earlier run has written of a map and this one has not written anew."""
-        if before is not None:
-            names = set(output_names(before.stem, before.n_volumes))
-            names -= set(output_names(now.stem, now.n_volumes))
-            remove_outputs(self._job.folder, names)
+    def _remove_superseded(self, now: Record, ledger: Ledger, stems: Set[str]) -> None:
+        """Remove what an earlier run has written of a map and this one has not written anew.
+
+        And of another map of that stem, whose outputs have been replaced; but not what belongs to
+        others, who may have been given the stem that this map had.
+        """
+        befores = [ledger.records.get(now.source)]
+        if now.status == "done":
+            befores.append(ledger.owners.get(now.stem))
+        for before in befores:
+            if before is None or before.status != "done":
+                continue
+            is_ours = before.stem == now.stem or before.stem not in stems
+            if is_ours and ledger.owners[before.stem].source == before.source:
+                names = set(output_names(before.stem, before.n_volumes))
+                names -= set(output_names(now.stem, now.n_volumes))
+                names = {name for name in names if map_name(name) not in stems - {before.stem}}
+                remove_outputs(self._job.folder, names)
 
     def _tell(self, n_to_do: int, latest: Record | None) -> None:
         self._on_progress(
@@ -296,6 +323,12 @@ def digest(recipe: Recipe) -> str:
             content.update(np.ascontiguousarray(mask.dataobj).tobytes())
             content.update(np.ascontiguousarray(mask.affine).tobytes())
     return content.hexdigest()[:16]
+
+
+def _work(job: Job, maps: list[MapFile], limit: int | None) -> str:
+    """Return what tells the work of some shards from that of others."""
+    content = json.dumps([job.parameters, [one.source for one in maps], limit])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _engine(
@@ -366,5 +399,5 @@ def _remove_temporaries(folder: Path, maps: list[MapFile]) -> None:
         if below.is_dir():
             for path in below.glob(".*.tmp"):
                 match = io.TEMPORARY.fullmatch(path.name)
-                if match and stem_of_output(match["name"]) in stems:
+                if match and not stems.isdisjoint(stems_of_output(match["name"])):
                     path.unlink(missing_ok=True)

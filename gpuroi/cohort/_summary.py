@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gpuroi import io
-from gpuroi.cohort._discover import DESCRIPTION
+from gpuroi.cohort._discover import DESCRIPTION, is_dataset
 from gpuroi.cohort._engines import Engine, each_outcome, in_units
 from gpuroi.cohort._ledger import Record
-from gpuroi.cohort._outputs import stem_of_output
+from gpuroi.cohort._outputs import stems_of_output
 from gpuroi.cohort._tasks import Sum, sum_up
 from gpuroi.overlap import Overlap
 
@@ -44,9 +44,10 @@ def write_summary(folder: Path, engine: Engine, records: Iterable[Record]) -> di
     paths = {"description": folder / DESCRIPTION}
     for path in folder.glob(".*.tmp"):  # of a run that was killed in the middle of this
         match = io.TEMPORARY.fullmatch(path.name)
-        if match and stem_of_output(match["name"]) is None:
+        if match and not stems_of_output(match["name"]):
             path.unlink(missing_ok=True)
-    io.write_text(_description(made), paths["description"])
+    if not is_dataset(folder):  # of somebody else's, this is not ours to describe
+        io.write_text(_description(made), paths["description"])
 
     table, overlap_file = folder / _TABLE, folder / _OVERLAP
     overlap = Overlap()

@@ -16,7 +16,7 @@ from isal import igzip
 from numpy.typing import NDArray
 
 #: What `atomic_writer` calls a file until it is whole.
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.tmp")
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.tmp", re.DOTALL)
 
 
 def labels_image(
