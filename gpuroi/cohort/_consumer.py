@@ -1,8 +1,8 @@
 """One process a device: it takes batches from the processes that decode, and says what it found.
 
-Volumes come through shared memory, so that the decoders' processes hand them over without a copy;
-what was found, a few percent of them, goes back through a pipe. Only the copy to the device and the
-backend's steps run here: measuring, compressing and writing are the decoders' again, side by side.
+Volumes come through shared memory, to which the decoders' processes write them in C order; what was
+found, a few percent of them, goes back through a pipe. Only the copy to the device and the steps of
+the backend run here: measuring, compressing and writing are the decoders' again, side by side.
 """
 
 import contextlib

@@ -82,9 +82,11 @@ class Processes(Engine):
         pending = _Pending(units)
         while pending or any(worker.assigned for worker in self._workers):
             self._hand_out(task, pending)
-            busy = {worker.connection: worker for worker in self._workers if worker.assigned}
+            busy: dict[Any, _Worker] = {
+                worker.connection: worker for worker in self._workers if worker.assigned
+            }
             for ready in wait(list(busy)):
-                worker = busy[ready]  # type: ignore[index]
+                worker = busy[ready]
                 try:
                     message = worker.connection.recv()
                 except (EOFError, OSError):

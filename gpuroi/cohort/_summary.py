@@ -138,7 +138,7 @@ def _source_datasets(made: list[Record]) -> list[dict[str, Any]]:
 
     @cache  # for this call: a folder may become a dataset
     def dataset_of(folder: Path) -> Path | None:
-        if os.path.isfile(folder / DESCRIPTION):  # noqa: PTH113  # of a forbidden folder: False
+        if is_dataset(folder):
             return folder
         return None if folder.parent == folder else dataset_of(folder.parent)
 
