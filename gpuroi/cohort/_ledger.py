@@ -99,7 +99,7 @@ class Ledger:
             except Timeout as error:
                 raise FolderInUseError(
                     f"{self.folder} is in use by another run; wait for it, or write to another "
-                    "folder. (At the same time only shards of as many may write to one.)"
+                    "folder. (Only shards i/n of the same n may share one at the same time.)"
                 ) from error
             self._path.touch()
         try:
