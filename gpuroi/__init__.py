@@ -1,16 +1,17 @@
 """Statistical brain maps to regions, on a GPU or a CPU, with identical labels.
 
 ``extract_regions`` is the whole way from a map to labels and a table, ``extract_cohort`` that for
-folders of maps, ``load_regions`` the way back from files; ``gpuroi.image``, ``gpuroi.regions``,
-``gpuroi.plotting`` and ``gpuroi.datasets`` replace nilearn's modules of the same names;
-``gpuroi.arrays`` works on NumPy and CuPy arrays. Names load what they need when first used.
+folders of maps, ``load_regions`` the way back from files, ``gpuroi.report`` a page to look through
+them. ``gpuroi.image``, ``gpuroi.regions``, ``gpuroi.plotting`` and ``gpuroi.datasets`` have, under
+their names, the functions of nilearn's modules that turn maps into regions; ``gpuroi.arrays`` works
+on NumPy and CuPy arrays. Names load what they need when first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpuroi import arrays, datasets, errors, image, plotting, regions
+    from gpuroi import arrays, datasets, errors, image, plotting, regions, report
     from gpuroi.backends import available_backends, get_backend
     from gpuroi.cohort import extract_cohort
     from gpuroi.extract import extract_regions
@@ -27,7 +28,7 @@ _HOME = {
     "get_backend": "gpuroi.backends",
     "load_regions": "gpuroi.saved",
 }
-_SUBMODULES = ("arrays", "datasets", "errors", "image", "plotting", "regions")
+_SUBMODULES = ("arrays", "datasets", "errors", "image", "plotting", "regions", "report")
 
 __all__ = [
     "Regions",
@@ -43,6 +44,7 @@ __all__ = [
     "load_regions",
     "plotting",
     "regions",
+    "report",
 ]
 
 

@@ -39,8 +39,16 @@ class DeviceLostError(GpuroiError, RuntimeError):
     """A device that answered before no longer does, whatever it is asked."""
 
 
+class WorkerDiedError(GpuroiError, RuntimeError):
+    """A process that ended in the middle of its work, killed or crashed."""
+
+
 class ClusterLostError(GpuroiError, RuntimeError):
     """A cluster whose scheduler no longer answers."""
+
+
+class FolderInUseError(GpuroiError, RuntimeError):
+    """An output folder that another run writes to."""
 
 
 class OutputError(GpuroiError, OSError):

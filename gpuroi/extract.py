@@ -11,7 +11,9 @@ from typing import Literal
 import numpy as np
 
 from gpuroi import io
+from gpuroi.algorithms.threshold import Threshold
 from gpuroi.backends import Backend, get_backend
+from gpuroi.errors import warn
 from gpuroi.pipeline import extract_maps
 from gpuroi.recipe import Method, make_recipe
 from gpuroi.result import Regions
@@ -20,6 +22,9 @@ from gpuroi.types import Connectivity, ImageLike, Tail
 __all__ = ["extract_regions"]
 
 _MOST_READERS = 16
+
+# Few statistics are that high, and few people ask for less.
+_LOWEST_LIKELY_PERCENTILE = 50
 
 
 def extract_regions(
@@ -54,13 +59,19 @@ def extract_regions(
     mask_img : path or image, optional
         Voxels outside are background, and percentiles do not rank them.
     method : {"connected_components", "local_regions"}
-        How foreground becomes regions.
+        How foreground becomes regions: whole connected components; or local maxima of the smoothed
+        magnitudes, which compete inside each component by a random walker (Abraham et al., "Region
+        segmentation for sparse decompositions", 2014, doi:10.1007/978-3-319-12289-2_7; Grady,
+        "Random Walks for Image Segmentation", 2006, doi:10.1109/TPAMI.2006.233).
     connectivity : {6, 18, 26}
         Neighbours that join one region: by faces, edges too, corners too.
     min_region_size : float
         Smallest volume of a region, in mm^3; a region of exactly this volume is kept.
-    smoothing_fwhm, seed_distance : float (mm), int (voxels)
-        Smoothing before, and window of, the seeds of ``"local_regions"``.
+    smoothing_fwhm : float
+        Of the Gaussian before the seeds of ``"local_regions"`` are looked for: the full width at
+        half maximum in mm, ``sqrt(8 * log(2))`` standard deviations. 0 does not smooth.
+    seed_distance : int
+        How far a seed of ``"local_regions"`` is the maximum to each side, in voxels.
     resample_mask : bool
         Bring masks that lie on another grid onto the map's by nearest neighbour; otherwise such a
         mask is an error.
@@ -114,10 +125,25 @@ def extract_regions(
     if isinstance(img, Sequence | Iterator) and not isinstance(img, str):
         is_device = chosen.batch_bytes > 1
         maps = _read_ahead(img) if is_device else chain.from_iterable(map(io.read_maps, img))
-        return list(extract_maps(maps, recipe, chosen))
-    volumes = io.read_maps(img)
-    results = list(extract_maps(volumes, recipe, chosen))
+        results = list(extract_maps(maps, recipe, chosen))
+        _warn_of_missing_percent_sign(results, recipe.threshold)
+        return results
+    results = list(extract_maps(io.read_maps(img), recipe, chosen))
+    _warn_of_missing_percent_sign(results, recipe.threshold)
     return results[0] if len(results) == 1 else results
+
+
+def _warn_of_missing_percent_sign(results: list[Regions], threshold: Threshold) -> None:
+    """Warn where no voxel reaches a value that looks as if it was meant as a percentile."""
+    if threshold.is_percentile or not _LOWEST_LIKELY_PERCENTILE <= threshold.value <= 100:
+        return
+    for regions in results:
+        highest = regions.provenance["largest_magnitude"]
+        if highest < regions.cutoff:
+            warn(
+                f"{regions.provenance['source']}: no voxel reaches {threshold}, the largest "
+                f"magnitude is {highest:g}; for a percentile pass '{threshold}%'."
+            )
 
 
 def _read_ahead(sources: Iterable[ImageLike]) -> Iterator[io.Map]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -340,7 +341,7 @@ def finish(
         header=source.header,
         cutoff=found.cutoff,
         provenance={
-            "source": source.name,
+            "source": source.name if source.sha256 is None else str(Path(source.name).absolute()),
             "source_sha256": source.sha256,
             "shape": list(source.data.shape),
             "voxel_volume_mm3": source.voxel_volume_mm3,

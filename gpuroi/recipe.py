@@ -2,7 +2,10 @@
 
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +15,7 @@ from gpuroi import io
 from gpuroi.algorithms.local_regions import SEED_DISTANCE_VOXELS
 from gpuroi.algorithms.threshold import Threshold, parse_threshold
 from gpuroi.arrays import check_choice
-from gpuroi.errors import shown
+from gpuroi.errors import InvalidMapError, shown
 from gpuroi.types import CONNECTIVITIES, TAILS, Connectivity, ImageLike, Tail
 
 Method = Literal["connected_components", "local_regions"]
@@ -35,24 +38,28 @@ class Recipe:
     resample_mask: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """Return the parameters as JSON-serialisable values, images by their names."""
-        asked = {
-            "threshold": str(self.threshold),
+        """Return the parameters by their names, JSON-serialisable: images by the paths they have.
+
+        ``extract_regions(img, **described)`` asks for the same, if the masks were files.
+        """
+        is_percentile = self.threshold.is_percentile
+        asked: dict[str, Any] = {
+            "threshold": str(self.threshold) if is_percentile else self.threshold.value,
             "tail": self.tail,
             "population": self.population
             if isinstance(self.population, str)
             else io.describe(self.population),
-            "mask": None if self.mask_img is None else io.describe(self.mask_img),
+            "mask_img": None if self.mask_img is None else io.describe(self.mask_img),
             "method": self.method,
             "connectivity": self.connectivity,
-            "min_region_size_mm3": self.min_region_size_mm3,
+            "min_region_size": self.min_region_size_mm3,
         }
         if self.resample_mask:
             asked["resample_mask"] = True
         if self.method == "local_regions":
             asked |= {
-                "smoothing_fwhm_mm": self.smoothing_fwhm_mm,
-                "seed_distance_voxels": self.seed_distance_voxels,
+                "smoothing_fwhm": self.smoothing_fwhm_mm,
+                "seed_distance": self.seed_distance_voxels,
             }
         return asked
 
@@ -90,6 +97,23 @@ def make_recipe(
     )
 
 
+def recipe_of(parameters: Mapping[str, Any]) -> Recipe:
+    """Return `make_recipe` of parameters by their names.
+
+    Raises
+    ------
+    TypeError
+        Also if there is no parameter of such a name.
+    """
+    known = list(signature(make_recipe).parameters)
+    for name in parameters:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
+            raise TypeError(f"there is no parameter {name!r}; {hint}")
+    return make_recipe(**parameters)
+
+
 def _magnitude_threshold(threshold: float | str) -> Threshold:
     parsed = parse_threshold(threshold)
     if parsed.value < 0:
@@ -119,6 +143,8 @@ def _mask(parameter: str, mask: Any) -> SpatialImage:
         raise TypeError(
             f"{parameter}={shown(mask)} is a {type(mask).__name__}; pass a path, an image{also}."
         ) from None
+    except InvalidMapError as error:
+        raise InvalidMapError(f"{parameter}: {error}") from error
 
 
 def _voxels(parameter: str, value: int) -> int:

@@ -1,8 +1,11 @@
 """What the native door returns: the regions of one map."""
 
 import json
+import os
+import re
 from dataclasses import dataclass
 from functools import cache, cached_property
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,10 @@ if TYPE_CHECKING:
     import nibabel as nib
     import pandas as pd
 
-#: Columns of `Regions.table` and of the ``.tsv`` (there with ``index`` and ``name`` in front).
+_EXTENSION = re.compile(r"\.(nii\.gz|tsv|json)$")
+_SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
+
+#: Columns of `Regions.table`.
 COLUMNS = {
     "label": "value of the region's voxels in the label image",
     "sign": "1 for a region of values above zero, -1 below",
@@ -31,6 +37,12 @@ COLUMNS = {
     "center_of_mass_y": "y of the centre of mass in mm",
     "center_of_mass_z": "z of the centre of mass in mm",
     "touches_edge": "whether a voxel lies on the border of the field of view",
+}
+
+
+#: Columns of the ``.tsv``; BIDS asks for the first two.
+COLUMNS_ON_DISK = {"index": COLUMNS["label"], "name": "name of the region"} | {
+    name: meaning for name, meaning in COLUMNS.items() if name != "label"
 }
 
 
@@ -120,16 +132,15 @@ class Regions:
         )
 
     def _tsv(self) -> str:
-        """Return the table as text, BIDS's ``index`` and ``name`` first.
+        """Return the table as text, with the columns of `COLUMNS_ON_DISK`.
 
         What pandas would write, in a fifth of the time: a cohort writes many small tables.
         """
         index, *others = (column.tolist() for column in self._measured())
         names = [f"region-{label}" for label in index]
-        header = ("index", "name", *list(COLUMNS)[1:])
         rows = zip(index, names, *others, strict=True)
         lines = ("\t".join("n/a" if cell != cell else str(cell) for cell in row) for row in rows)
-        return "\n".join(["\t".join(header), *lines, ""])
+        return "\n".join(["\t".join(COLUMNS_ON_DISK), *lines, ""])
 
     def to_4d_img(self) -> "nib.Nifti1Image":
         """Return nilearn's stack (X, Y, Z, n) float32: each region's values in a volume of its own.
@@ -148,7 +159,7 @@ class Regions:
             raise ValueError("there are no regions to stack; check len(regions) first.")
         return stack_image([self.voxels], self.affine, self.header)
 
-    def save(self, prefix: str | Path) -> dict[str, Path]:
+    def save(self, prefix: str | PathLike[str]) -> dict[str, Path]:
         """Write the label image, the table and the provenance, each whole or not at all.
 
         They are written as they were found: changes to `labels` or `table` are not.
@@ -157,18 +168,27 @@ class Regions:
         ----------
         prefix : path
             Everything before the extensions: ``out/sub-01_desc-regions_dseg`` writes
-            ``…_dseg.nii.gz`` (smallest integer type), ``…_dseg.tsv`` and ``…_dseg.json``.
+            ``…_dseg.nii.gz`` (smallest integer type), ``…_dseg.tsv`` and ``…_dseg.json``. One of
+            these extensions at its end is left out.
 
         Returns
         -------
         dict
             The paths by their kind: ``labels``, ``table``, ``provenance``.
+
+        Raises
+        ------
+        ValueError
+            If `prefix` is a folder, and no name in it.
+        OSError
+            If a file cannot be written.
         """
         from gpuroi import io
 
+        prefix = without_extension(prefix)
         paths = {}
         for kind, (extension, content) in self.files().items():
-            paths[kind] = Path(f"{prefix}{extension}").expanduser()
+            paths[kind] = Path(f"{prefix}{extension}")
             paths[kind].parent.mkdir(parents=True, exist_ok=True)
             io.write_bytes(content, paths[kind])
         return paths
@@ -181,9 +201,26 @@ class Regions:
         labels = np.zeros(self.voxels.shape, io.smallest_label_dtype(len(self)), order="F")
         numbers = np.arange(1, len(self) + 1, dtype=labels.dtype)
         labels[self.voxels.coordinates] = np.repeat(numbers, np.diff(self.voxels.starts))
-        sidecar = dict(self.provenance) | {"columns": COLUMNS}
+        sidecar = dict(self.provenance) | {"columns": COLUMNS_ON_DISK}
         return {
             "labels": (".nii.gz", io.compressed_labels(labels, self.affine, self.header)),
             "table": (".tsv", self._tsv().encode()),
             "provenance": (".json", (json.dumps(sidecar, indent=2) + "\n").encode()),
         }
+
+
+def without_extension(prefix: str | PathLike[str]) -> Path:
+    """Return what comes before the extensions of the files that `Regions.save` writes.
+
+    Raises
+    ------
+    ValueError
+        If `prefix` is a folder, and no name in it.
+    """
+    path = Path(_EXTENSION.sub("", os.fspath(prefix))).expanduser()
+    if os.fspath(prefix).endswith(_SEPARATORS) or path.name in ("", "..") or path.is_dir():
+        raise ValueError(
+            f"{os.fspath(prefix)} is a folder; add what the names of the files begin with, such as "
+            f"{path / 'sub-01_desc-regions_dseg'}."
+        )
+    return path

@@ -1,7 +1,6 @@
 """Results read back from disk."""
 
 import json
-import math
 import re
 from os import PathLike
 from pathlib import Path
@@ -13,11 +12,11 @@ from gpuroi.algorithms.measure import gather
 from gpuroi.arrays import computable
 from gpuroi.backends import LabelledVoxels
 from gpuroi.errors import InvalidMapError
-from gpuroi.result import Regions
+from gpuroi.result import Regions, without_extension
 from gpuroi.space import same_grid
 from gpuroi.types import ImageLike, Provenance
+from gpuroi.words import cutoff_of
 
-_EXTENSION = re.compile(r"\.(nii\.gz|tsv|json)$")
 _VOLUME = re.compile(r"\[(\d+)\]$")
 
 
@@ -34,11 +33,21 @@ def load_regions(path: str | PathLike[str], img: ImageLike) -> Regions:
     img : path or nibabel image
         The map of these regions, or the series that it is a volume of.
 
+    Returns
+    -------
+    Regions
+        Equal to those that were saved: labels int32, values in map units, the table, the cut-off
+        and the provenance.
+
     Raises
     ------
     InvalidMapError
         If the files or the map cannot be read, or the map is another than the regions were made of,
-        by its checksum (of maps in memory, nothing but the grid is checked).
+        by its checksum (of maps in memory, nothing but the grid is checked). It is a `ValueError`.
+    ValueError
+        If `path` is a folder.
+    TypeError
+        If `img` is neither a path nor an image.
 
     Examples
     --------
@@ -52,7 +61,7 @@ def load_regions(path: str | PathLike[str], img: ImageLike) -> Regions:
     >>> regions.cutoff, regions.table["voxels"].tolist()
     (3.0, [27])
     """
-    prefix = Path(_EXTENSION.sub("", str(path))).expanduser()
+    prefix = without_extension(path)
     volumes = io.read_maps(img)
     if len(volumes) == 1:
         return read_back(prefix, volumes[0])
@@ -77,12 +86,6 @@ def provenance_of(prefix: Path) -> Provenance:
         ) from error
     provenance: Provenance = sidecar
     return provenance
-
-
-def cutoff_of(provenance: Provenance) -> float:
-    """Return the magnitude that voxels had to reach; JSON has no infinity."""
-    cutoff: float | None = provenance["cutoff"]
-    return math.inf if cutoff is None else cutoff
 
 
 def read_back(prefix: Path, source: io.Map) -> Regions:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpuroi.words import cutoff_of, smallest_region, threshold_asked, what_was_found
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.console import Console
@@ -39,11 +41,6 @@ def say(console: "Console", word: str, message: str, style: str) -> None:
     from rich.text import Text
 
     console.print(Text.assemble((f"{word}: ", style), message), soft_wrap=True)
-
-
-def counted(n: int, noun: str) -> str:
-    """Return `n` with its noun: 1 map, 40,000 maps."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 class Results:
@@ -142,17 +139,10 @@ def _show_line(screen: "Console", provenance: "Provenance", path: Path) -> None:
     """Print what was found in a map, whose labels are at `path`, as one line."""
     from rich.text import Text
 
-    from gpuroi.saved import cutoff_of
-
-    asked, n_regions = provenance["parameters"], provenance["regions"]
-    reach = {"both": "|value| ≥ ", "positive": "value ≥ ", "negative": "value ≤ -"}[asked["tail"]]
-    heading = (
-        f": {counted(n_regions, 'region')} of at least {asked['min_region_size_mm3']:g} mm³ at "
-        f"{reach}{cutoff_of(provenance):.6g} (threshold {asked['threshold']}, "
-        f"{provenance['backend']})"
-    )
+    how = f"(threshold {threshold_asked(provenance)}, {provenance['backend']})"
+    heading = f": {what_was_found(provenance)} {how}"
     screen.print(Text.assemble((str(path), "bold"), heading), soft_wrap=True)
-    if n_regions == 0:
+    if provenance["regions"] == 0:
         screen.print(f"  Nothing found; {_why_nothing(provenance)}", soft_wrap=True)
 
 
@@ -183,14 +173,11 @@ def _show_table(screen: "Console", regions: "Regions", path: Path) -> None:
 
 def _why_nothing(provenance: "Provenance") -> str:
     """Return what a person may want to change where no region was found."""
-    from gpuroi.saved import cutoff_of
-
-    asked, highest = provenance["parameters"], provenance["largest_magnitude"]
-    cutoff = cutoff_of(provenance)
+    highest, cutoff = provenance["largest_magnitude"], cutoff_of(provenance)
     if highest >= cutoff and provenance["min_voxels"] > 1:
-        smallest = f"{asked['min_region_size_mm3']:g} mm³"
+        smallest = smallest_region(provenance)
         return f"no region of voxels at the cut-off fills {smallest} (--min-region-size)."
     said = f"the largest magnitude is {highest:.6g}."
-    if highest < cutoff and not asked["threshold"].endswith("%"):
+    if highest < cutoff and not threshold_asked(provenance).endswith("%"):
         said += " A percentile needs its percent sign: 97%."
     return said

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpuroi.screen import counted, say
+from gpuroi.screen import say
+from gpuroi.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console

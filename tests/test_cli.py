@@ -154,7 +154,7 @@ class TestExtract:
             assert re.search(rf"│ +{row.index} │ +{row.voxels} │ +{row.volume_mm3:.0f} │", said)
         provenance = json.loads(Path(f"{prefix}.json").read_text())
         assert provenance["source"] == sample
-        assert provenance["parameters"]["min_region_size_mm3"] == 1500
+        assert provenance["parameters"]["min_region_size"] == 1500
 
     def test_a_table_of_the_regions(self):
         said = succeed("extract", write_map("m.nii"), *BOTH, "-o", "out")
@@ -192,7 +192,7 @@ class TestExtract:
         ]
         assert signs == [[1, -1], [], [1, 1]]
         provenance = json.loads(Path("out/s_vol-0002_desc-regions_dseg.json").read_text())
-        assert provenance["source"] == "s.nii.gz[2]"
+        assert provenance["source"] == str(Path("s.nii.gz[2]").absolute())
 
     def test_a_series_of_one_has_none(self):
         succeed("extract", write_map("s.nii", DATA[..., np.newaxis]), *BOTH, "-o", "out")
@@ -836,7 +836,7 @@ def test_local_regions_takes_its_own_parameters():
         )
         assert result.exit_code == 0
         sidecar = json.loads(Path("regions-out/noise_desc-regions_dseg.json").read_text())
-        assert sidecar["parameters"]["seed_distance_voxels"] == distance
+        assert sidecar["parameters"]["seed_distance"] == distance
         assert sidecar["random_walker"]["n_undecided"] == 0
         counts.append(sidecar["regions"])
     assert counts[0] > counts[1]

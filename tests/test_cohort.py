@@ -21,11 +21,12 @@ import gpuroi
 from gpuroi import io
 from gpuroi.cohort import _run, _tasks, extract_cohort, find_maps
 from gpuroi.cohort._cluster import Cluster
-from gpuroi.cohort._engines import WorkerDiedError, each_outcome
-from gpuroi.cohort._ledger import FolderInUseError, Ledger
+from gpuroi.cohort._engines import each_outcome
+from gpuroi.cohort._ledger import Ledger
 from gpuroi.cohort._outputs import written_names
 from gpuroi.cohort._processes import Processes
 from gpuroi.cohort._tasks import Job, make_tools
+from gpuroi.errors import FolderInUseError, WorkerDiedError
 from gpuroi.recipe import make_recipe
 from tests.conftest import image
 

@@ -419,7 +419,31 @@ class TestResult:
     @pytest.mark.parametrize("threshold", ["99.99995%", "97%", 3.1234567, 1234567.0])
     def test_provenance_keeps_every_digit_of_the_threshold(self, threshold):
         asked = gpuroi.extract_regions(image(blobs()), threshold).provenance["parameters"]
-        assert asked["threshold"] == str(threshold).removesuffix(".0")
+        assert asked["threshold"] == threshold
+
+    @pytest.mark.parametrize("method", ["connected_components", "local_regions"])
+    @pytest.mark.parametrize("threshold", ["97.5%", 2])
+    def test_an_extraction_is_repeated_from_its_provenance(self, tmp_path, method, threshold):
+        inside = np.zeros((12, 13, 14), np.uint8)
+        inside[2:, 3:] = 1
+        for name, data in [("map", blobs((12, 13, 14))), ("mask", inside)]:
+            nib.save(image(data), tmp_path / f"{name}.nii.gz")
+        asked = {"threshold": threshold, "mask_img": tmp_path / "mask.nii.gz", "method": method}
+        first = gpuroi.extract_regions(tmp_path / "map.nii.gz", **asked, min_region_size=1)
+        kept = json.loads(json.dumps(first.provenance))
+        again = gpuroi.extract_regions(kept["source"], **kept["parameters"])
+        assert again.provenance == first.provenance
+        assert again.table.equals(first.table)
+
+    @pytest.mark.parametrize(("threshold", "warns"), [(97, True), (97.5, True), (30, False)])
+    def test_a_value_that_looks_like_a_percentile_is_warned_of(self, threshold, warns):
+        one = image(blobs())
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert len(gpuroi.extract_regions([one, one], threshold)[1]) == 0
+        expected = f"no voxel reaches {threshold}, .* for a percentile pass '{threshold}%'"
+        assert len(said) == 2 * warns
+        assert all(re.search(expected, str(warning.message)) for warning in said)
 
     def test_repr_says_the_essential(self, regions):
         assert repr(regions).startswith(f"Regions({len(regions)} regions of ")

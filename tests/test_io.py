@@ -18,7 +18,7 @@ import pytest
 import gpuroi
 from gpuroi import io
 from gpuroi.errors import InvalidMapError
-from gpuroi.result import COLUMNS
+from gpuroi.result import COLUMNS, COLUMNS_ON_DISK
 from gpuroi.space import same_grid
 
 SHAPE = (5, 6, 7)
@@ -942,7 +942,23 @@ class TestSave:
             raise AssertionError(f"{word} is not JSON")
 
         sidecar = json.loads(paths["provenance"].read_text(), parse_constant=refuse)
-        assert sidecar == {**regions.provenance, "columns": COLUMNS}
+        assert sidecar == {**regions.provenance, "columns": COLUMNS_ON_DISK}
+        assert [*sidecar["columns"]] == paths["table"].read_text().splitlines()[0].split("\t")
+
+    @pytest.mark.parametrize("ending", [".nii.gz", ".tsv", ".json"])
+    def test_an_extension_is_not_doubled(self, regions, tmp_path, ending):
+        regions.save(f"{tmp_path}/a_dseg{ending}")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "a_dseg.json",
+            "a_dseg.nii.gz",
+            "a_dseg.tsv",
+        ]
+
+    @pytest.mark.parametrize("prefix", ["", "/", "/new/", "/.."])
+    def test_a_folder_is_no_prefix(self, regions, tmp_path, prefix):
+        with pytest.raises(ValueError, match="is a folder; add what the names of the files begin"):
+            regions.save(f"{tmp_path}{prefix}")
+        assert not any(tmp_path.iterdir())
 
     def test_again_gives_the_same_bytes(self, regions, tmp_path):
         first = {kind: path.read_bytes() for kind, path in regions.save(tmp_path / "map").items()}

@@ -145,8 +145,8 @@ class TestNativeDoor:
         assert len(near) > len(far)
         assert len(near) > len(smooth)
         asked = near.provenance["parameters"]
-        assert asked["seed_distance_voxels"] == 1
-        assert asked["smoothing_fwhm_mm"] == 0.0
+        assert asked["seed_distance"] == 1
+        assert asked["smoothing_fwhm"] == 0.0
 
     def test_provenance_says_how_sure_the_labels_are(self, blobs):
         sure = self.extract(blobs((20, 22, 24)), "70%", seed_distance=2).provenance["random_walker"]

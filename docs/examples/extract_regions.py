@@ -1,9 +1,9 @@
 """Regions of a t-map: threshold it, pull the regions apart, look at them.
 
 The map is of mental subtraction after spoken instructions (NeuroVault image 32980; fetching it
-takes the extra ``datasets``). It is thresholded twice, by percentile and by value, and the regions
-of both are found by the random walker. In a script written for nilearn the import lines are all
-that changes.
+takes the extra ``datasets``; without it, or offline, it is the sample that nilearn brings). It is
+thresholded twice, by percentile and by value, and the regions of both are found by the random
+walker. In a script written for nilearn the import lines are all that changes.
 
     python extract_regions.py [FOLDER FOR THE PICTURES]
 """
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from gpuroi import datasets, plotting
-from gpuroi.errors import DownloadError
+from gpuroi.errors import DownloadError, MissingExtraError
 from gpuroi.image import threshold_img
 from gpuroi.regions import connected_regions
 
@@ -22,7 +22,7 @@ folder.mkdir(parents=True, exist_ok=True)
 # The map; offline, one that nilearn brings.
 try:
     tmap_filename = datasets.fetch_neurovault_auditory_computation_task().images[0]
-except DownloadError as error:
+except (DownloadError, MissingExtraError) as error:
     print(f"{error}\nGoing on with the sample that nilearn brings.", file=sys.stderr)
     tmap_filename = datasets.load_sample_motor_activation_image()
 

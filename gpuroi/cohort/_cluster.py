@@ -9,8 +9,8 @@ from itertools import islice
 from typing import Any
 from uuid import uuid4
 
-from gpuroi.cohort._engines import Engine, Job, Outcome, Task, WorkerDiedError
-from gpuroi.errors import ClusterLostError
+from gpuroi.cohort._engines import Engine, Job, Outcome, Task
+from gpuroi.errors import ClusterLostError, WorkerDiedError
 
 # Tasks that the scheduler holds for each thread of the cluster; of a large cohort, not all at once.
 _TASKS_A_THREAD = 4

@@ -62,7 +62,7 @@ def find_maps(
     Raises
     ------
     ValueError
-        If nothing is found, or two maps would write to the same place.
+        If nothing is found, a folder does not exist, or two maps would write to the same place.
     MissingExtraError
         If BIDS entities are to be read, and nilearn is not installed.
 
@@ -126,12 +126,15 @@ def _named_by(source: str) -> Iterator[MapFile]:
         for match in sorted(glob.glob(path, recursive=True)):
             if not _is_output(*os.path.split(match)):
                 yield from _named_by(match)
-    else:  # a file that is missing is found missing when its turn comes
-        yield _one_file(path)
+    elif os.path.exists(path) or _EXTENSION.search(path):
+        yield _one_file(path)  # if it is missing, this is found when its turn comes
+    else:
+        raise ValueError(f"{source}: there is no such file or folder.")
 
 
 def _one_file(path: str) -> MapFile:
-    return MapFile(path, os.path.abspath(path), stem_of(path))
+    source = os.path.abspath(path)
+    return MapFile(path, source, stem_of(source))
 
 
 def _listed(path: str) -> Iterator[MapFile]:
@@ -144,8 +147,10 @@ def _listed(path: str) -> Iterator[MapFile]:
         if entry.startswith("@"):
             raise ValueError(f"{path}: {entry} is a list in a list; name its maps, or both lists.")
         if entry and not entry.startswith("#"):
-            # A line that names nothing is a file that is missing, whatever is in its name.
-            yield from list(_named_by(entry)) or [_one_file(os.path.expanduser(entry))]
+            # Among many lines, one that names nothing is a map that fails, whatever it looks like.
+            path = os.path.expanduser(entry)
+            is_something = os.path.exists(path) or glob.has_magic(entry)
+            yield from (list(_named_by(entry)) if is_something else []) or [_one_file(path)]
 
 
 def _in_folder(folder: str) -> Iterator[MapFile]:

@@ -10,13 +10,11 @@ from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
+from gpuroi.errors import WorkerDiedError
+
 Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
 Task = Callable[[Any, tuple[Job, ...]], Sequence[Outcome]]
-
-
-class WorkerDiedError(RuntimeError):
-    """A process ended in the middle of a job."""
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):

@@ -12,7 +12,7 @@ from typing import IO, Any, Literal
 
 from filelock import FileLock, Timeout
 
-from gpuroi.errors import GpuroiError, OutputError
+from gpuroi.errors import FolderInUseError, OutputError
 
 #: Of an output folder, beside the results.
 LEDGER_FOLDER = ".gpuroi"
@@ -42,10 +42,6 @@ class Record:
 
 
 _FIELDS = tuple(field.name for field in fields(Record))
-
-
-class FolderInUseError(GpuroiError, RuntimeError):
-    """Another run writes to the folder."""
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any
 
-from gpuroi.cohort._engines import Engine, Job, Outcome, Task, WorkerDiedError
+from gpuroi.cohort._engines import Engine, Job, Outcome, Task
+from gpuroi.errors import WorkerDiedError
 
 CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
 

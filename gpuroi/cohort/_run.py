@@ -20,7 +20,7 @@ from gpuroi.backends import Backend, environments, get_backend
 from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._consumer import Consumer
 from gpuroi.cohort._discover import MapFile, find_maps, part_of
-from gpuroi.cohort._engines import Engine, ThisProcess, WorkerDiedError, each_outcome
+from gpuroi.cohort._engines import Engine, ThisProcess, each_outcome
 from gpuroi.cohort._ledger import Ledger, Record, disk_errors
 from gpuroi.cohort._outputs import (
     map_name,
@@ -32,8 +32,8 @@ from gpuroi.cohort._outputs import (
 from gpuroi.cohort._processes import Processes
 from gpuroi.cohort._summary import remove_summary, write_failures, write_summary
 from gpuroi.cohort._tasks import Job, Tools, check, extract, failed, identify, make_tools
-from gpuroi.errors import OutputError
-from gpuroi.recipe import Recipe, make_recipe
+from gpuroi.errors import OutputError, WorkerDiedError
+from gpuroi.recipe import Recipe, recipe_of
 
 _CHECKS_A_UNIT = 64
 
@@ -71,6 +71,13 @@ class CohortReport:
     n_skipped: int  # done by an earlier one
     failures: tuple[Record, ...]
     summary: dict[str, Path] = field(default_factory=dict)  # empty while other shards run
+
+    def __repr__(self) -> str:
+        """Return how many maps there are: a notebook is not to show each."""
+        return (
+            f"CohortReport({len(self.maps)} maps in {str(self.folder)!r}: {self.n_done} done, "
+            f"{self.n_skipped} done before, {len(self.failures)} failed)"
+        )
 
 
 def extract_cohort(
@@ -159,7 +166,7 @@ def extract_cohort(
     """
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
-    chosen = recipe if isinstance(recipe, Recipe) else make_recipe(**(recipe or {}))
+    chosen = recipe if isinstance(recipe, Recipe) else recipe_of(recipe or {})
     if on_gpu_error not in ("stop", "cpu"):
         raise ValueError(f"on_gpu_error={on_gpu_error!r} is neither 'stop' nor 'cpu'.")
     n_jobs = _at_least_one("jobs", jobs) or _n_cores()

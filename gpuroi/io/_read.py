@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from glob import has_magic
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,12 @@ _HEADER_ERRORS = (
 )
 _VOXEL_ERRORS = (OSError, ValueError, EOFError, zlib.error)
 _GZIP_LENGTH_BYTES = 4
+# Of what is passed in an image's place now and then.
+_HINTS = {
+    "NoneType": "; where no region is left, connected_regions returns None: lower the threshold "
+    "or min_region_size",
+    "Regions": ", such as regions.labels_img or regions.to_4d_img()",
+}
 _SINGLE_TINY, _SINGLE_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -100,7 +107,8 @@ def load(source: ImageLike) -> SpatialImage:
 def _checked_path(source: Any) -> Path:
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
-            f"a {type(source).__name__} is not an image; pass a path or a nibabel image."
+            f"a {type(source).__name__} is not an image; pass a path or a nibabel image"
+            f"{_HINTS.get(type(source).__name__, '')}."
         )
     return Path(source).expanduser()
 
@@ -108,7 +116,8 @@ def _checked_path(source: Any) -> Path:
 def _on_disk(path: Path) -> bytes:
     """Return the bytes of a file."""
     if not path.exists():
-        raise InvalidMapError(f"{path}: no such file.")
+        hint = "; where one path is asked for, patterns are not" if has_magic(path.name) else ""
+        raise InvalidMapError(f"{path}: no such file{hint}.")
     if not path.is_file():
         found = "a folder" if path.is_dir() else "a pipe or a device"
         raise InvalidMapError(f"{path}: expected an image file, found {found}.")

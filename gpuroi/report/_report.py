@@ -269,7 +269,7 @@ def _facts(regions: Regions) -> str:
     asked = regions.provenance["parameters"]
     reach = {"both": "|value| ≥ ", "positive": "value ≥ ", "negative": "value ≤ -"}[asked["tail"]]
     return (
-        f"{_counted(len(regions), 'region')} of at least {asked['min_region_size_mm3']:g} mm³ at "
+        f"{_counted(len(regions), 'region')} of at least {asked['min_region_size']:g} mm³ at "
         f"{reach}{regions.cutoff:.6g} (threshold {asked['threshold']}); largest magnitude "
         f"{regions.provenance['largest_magnitude']:.6g}"
     )
