@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from gpuroi.screen import Results, console, say
 from gpuroi.watch import Watch, outcome
@@ -27,6 +28,39 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# Options that take as many labels as follow them.
+_LABEL_OPTIONS = ("--participant-label", "--task", "--contrast", "--stat")
+_LABEL = re.compile(r"([a-z]+-)?[A-Za-z0-9+]+")
+
+
+class _LabelsCommand(TyperCommand):
+    """A command that reads ``--participant-label 01 02`` as BIDS Apps do."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_spread(args)))
+
+
+def _spread(args: list[str]) -> Iterator[str]:
+    """Yield `args` with each label behind an option of its own: Click's take one each.
+
+    What exists is an input, even if it looks like a label.
+    """
+    option, has_label = "", False
+    for arg in args:
+        if arg.startswith("-"):
+            option, equals, _ = arg.partition("=")
+            has_label = bool(equals)
+        elif option.replace("_", "-") not in _LABEL_OPTIONS:
+            pass
+        elif not has_label:
+            has_label = True
+        elif _LABEL.fullmatch(arg) and not Path(arg).exists():
+            yield option
+        else:
+            option = ""
+        yield arg
+
 
 # Groups of options in the help.
 _WHICH, _HOW, _WHERE = "Which maps", "How", "Where it runs"
@@ -53,6 +87,7 @@ def _program(
 
 
 @app.command(
+    cls=_LabelsCommand,
     help=(
         "Write the regions of each map: labels (.nii.gz), a table (.tsv) and provenance (.json)."
         "\n\n"
@@ -109,24 +144,24 @@ def extract(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            help="Only maps of this participant, by their BIDS names; with or without sub-. "
-            "May be given more than once, as the next three.",
+            help="Only maps of these participants, by their BIDS names; with or without sub-. "
+            "One label or several (01 02), as with the next three.",
             rich_help_panel=_WHICH,
         ),
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Only maps of this task.", rich_help_panel=_WHICH),
+        typer.Option(metavar="LABEL", help="Only maps of these tasks.", rich_help_panel=_WHICH),
     ] = None,
     contrast: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Only maps of this contrast.", rich_help_panel=_WHICH),
+        typer.Option(metavar="LABEL", help="Only maps of these contrasts.", rich_help_panel=_WHICH),
     ] = None,
     stat: Annotated[
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            help="Only maps of this statistic, such as t or z.",
+            help="Only maps of these statistics, such as t or z.",
             rich_help_panel=_WHICH,
         ),
     ] = None,

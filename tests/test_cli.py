@@ -617,6 +617,11 @@ class TestWhichMaps:
             (("--participant-label", "01"), 8, "sub-01_"),
             (("--participant_label", "sub-02"), 8, "sub-02_"),
             (("--participant-label", "01", "--participant_label", "02"), 16, "sub-"),
+            (
+                ("--participant_label", "01", "sub-02", "--task=motor", "rest", "--stat", "t"),
+                8,
+                "sub-",
+            ),
             (("--task", "rest"), 8, "_task-rest_"),
             (("--contrast", "left", "--stat", "t"), 4, "_contrast-left_stat-t_"),
             (("--stat", "z", "--stat", "t", "--task", "motor"), 8, "_task-motor_"),

@@ -86,6 +86,8 @@ class TestDiscovery:
         Path("maps.txt").write_text("# two\ntree/b.nii\n\n  tree/a.nii.gz\n")
         assert self.stems("@maps.txt") == ["b", "a"]
         assert self.stems("missing.nii.gz") == ["missing"]
+        Path("maps.txt").write_text("gone/\ntree/b.nii")
+        assert self.stems("@maps.txt") == ["gone", "b"]
         Path("maps.txt").write_text("\ufefftree/gone-[1].nii\ntree/*.nii\n")
         assert self.stems("@maps.txt") == ["gone-[1]", "b"]
 
@@ -122,6 +124,11 @@ class TestDiscovery:
     def test_what_names_nothing_is_told(self, tree, source):
         Path("empty").mkdir()
         with pytest.raises(ValueError, match="there is no map here"):
+            find_maps([source])
+
+    @pytest.mark.parametrize("source", ["nowhere", "nowhere/", "tree/c", ""])
+    def test_folders_that_do_not_exist_are_told(self, tree, source):
+        with pytest.raises(ValueError, match=f"{source}: there is no such file or folder"):
             find_maps([source])
 
     def test_shards_part_the_maps(self, tree):
