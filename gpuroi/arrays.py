@@ -2,7 +2,8 @@
 
 NumPy in, NumPy out; CuPy in, CuPy out, and nothing crosses to the host but scalars. Arrays are
 volumes ``(X, Y, Z)`` or batches ``(B, X, Y, Z)``, of any real dtype; results have the same shape.
-Voxels that are NaN or infinite are background and rank as zero.
+Voxels that are NaN or infinite are background and rank as zero. Values and cut-offs are in the
+units of the map; arrays know nothing of millimetres, so sizes are numbers of voxels.
 """
 
 import math
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from gpuroi.algorithms.threshold import percentile_scores, usable_cutoffs
 from gpuroi.backends import Backend, _keys, get_backend
+from gpuroi.errors import shown
 from gpuroi.types import CONNECTIVITIES, TAILS, Array, Connectivity, FloatArray, Tail
 
 __all__ = ["label", "percentile_cutoff", "region_sizes", "remove_small", "threshold"]
@@ -24,7 +26,11 @@ __all__ = ["label", "percentile_cutoff", "region_sizes", "remove_small", "thresh
 def percentile_cutoff(
     maps: Array, percentile: float, *, tail: Tail = "both", population: Array | None = None
 ) -> float | NDArray[np.float64]:
-    """Return the exact percentile of the magnitudes of each volume.
+    """Return the exact percentile of the magnitudes of each volume, in the units of `maps`.
+
+    Of n sorted magnitudes it is the one at place ``percentile / 100 * (n - 1)``, counted from 0,
+    interpolated linearly between neighbours: definition 7 of Hyndman and Fan, "Sample quantiles in
+    statistical packages", The American Statistician 50(4), 1996, doi:10.2307/2684934.
 
     Parameters
     ----------
@@ -40,6 +46,15 @@ def percentile_cutoff(
     -------
     float, or float64 NumPy array (B,) for a batch
         `scipy.stats.scoreatpercentile` bit for bit; NaN where nobody is ranked.
+
+    Raises
+    ------
+    TypeError
+        If `maps` is no NumPy or CuPy array of real numbers, or `percentile` no number.
+    ValueError
+        If `percentile` is outside 0 to 100, `tail` none of the above, or a shape does not fit.
+    BackendUnavailableError
+        If `maps` lie on a CUDA device that cannot compute.
 
     Examples
     --------
@@ -69,11 +84,33 @@ def percentile_cutoff(
 
 
 def threshold(maps: Array, cutoff: float | Array, *, tail: Tail = "both") -> Array:
-    """Return `maps` with every voxel short of `cutoff` set to zero, in their dtype (native bytes).
+    """Return `maps` with every voxel short of `cutoff` set to zero.
 
-    `cutoff` is a magnitude, one for all volumes or one each (B,). Voxels are compared in float32
-    for float32 (and float16, and integers up to 16 bits), in float64 for all others. Voxels at zero
-    are always background; NaN, the percentile of nobody, is reached by none.
+    Voxels are compared in float32 for float32 (and float16, and integers up to 16 bits), in float64
+    for all others. Voxels at zero are always background.
+
+    Parameters
+    ----------
+    maps : real array (X, Y, Z) or (B, X, Y, Z)
+    cutoff : float or array (B,)
+        Magnitude to reach, zero or more, in the units of `maps`: one for all volumes or one each.
+        NaN, the percentile of nobody, is reached by none.
+    tail : {"both", "positive", "negative"}
+        Keeps ``abs(x) >= cutoff``, ``x >= cutoff`` or ``x <= -cutoff``.
+
+    Returns
+    -------
+    array of the shape and dtype of `maps`, in native byte order
+
+    Raises
+    ------
+    TypeError
+        If `maps` is no NumPy or CuPy array of real numbers, or `cutoff` is no number: a percentile
+        such as ``"97%"`` is computed by `percentile_cutoff` first.
+    ValueError
+        If `cutoff` is below zero, `tail` none of the above, or a shape does not fit.
+    BackendUnavailableError
+        If `maps` lie on a CUDA device that cannot compute.
 
     Examples
     --------
@@ -84,7 +121,7 @@ def threshold(maps: Array, cutoff: float | Array, *, tail: Tail = "both") -> Arr
     """
     backend, batch = _batch(maps)
     check_choice("tail", tail, TAILS)
-    reached = _keys.reaches(backend.xp, batch, _cutoffs(backend, batch, cutoff), tail)
+    reached = _keys.reaches(backend.xp, batch, _cutoffs(batch, cutoff), tail)
     return backend.xp.where(reached.reshape(maps.shape), maps, maps.dtype.type(0))
 
 
@@ -98,12 +135,15 @@ def label(
 ) -> tuple[Array, Array]:
     """Return the labels of the regions at or beyond `cutoff`, and how many there are.
 
+    A region is a connected component of the voxels that reach the cut-off, of one sign.
+
     Parameters
     ----------
     maps : real array (X, Y, Z) or (B, X, Y, Z)
     cutoff : float or array (B,)
-        Magnitudes to reach, compared as in `threshold`. (`extract_regions` asks for more than a
-        percentile: ``numpy.nextafter(percentile, numpy.inf)`` in the dtype of the map.)
+        Magnitudes to reach, in the units of `maps`, compared as in `threshold`. (`extract_regions`
+        asks for more than a percentile: ``numpy.nextafter(percentile, numpy.inf)`` in the dtype of
+        the map.)
     tail : {"both", "positive", "negative"}
         With ``"both"``, voxels of opposite signs never join one region.
     connectivity : {6, 18, 26}
@@ -114,8 +154,21 @@ def label(
     Returns
     -------
     labels : int32 array of the shape of `maps`
-        0 is background; 1..n by first voxel in C order, in each volume.
+        0 is background; 1..n by first voxel in C order, in each volume. One sign at a time, these
+        are the components of `scipy.ndimage.label`.
     counts : int32 array () or (B,)
+        n of each volume.
+
+    Raises
+    ------
+    TypeError
+        If `maps` is no NumPy or CuPy array of real numbers, `cutoff` no number, or `min_voxels` no
+        integer. A percentile such as ``"97%"`` is computed by `percentile_cutoff` first.
+    ValueError
+        If `cutoff` is below zero, `tail` or `connectivity` none of the above, or a shape does not
+        fit.
+    BackendUnavailableError
+        If `maps` lie on a CUDA device that cannot compute.
 
     Examples
     --------
@@ -128,7 +181,7 @@ def label(
     backend, batch = _batch(maps)
     labels, counts = backend.components(
         batch,
-        _cutoffs(backend, batch, cutoff),
+        _cutoffs(batch, cutoff),
         check_choice("tail", tail, TAILS),
         check_choice("connectivity", connectivity, CONNECTIVITIES),
         operator.index(min_voxels),
@@ -142,11 +195,21 @@ def region_sizes(labels: Array) -> Array:
     Parameters
     ----------
     labels : integer array (X, Y, Z) or (B, X, Y, Z)
+        0 is background.
 
     Returns
     -------
     int64 array (n + 1,) or (B, n + 1)
-        n is the largest label of all volumes.
+        In voxels; n is the largest label of all volumes.
+
+    Raises
+    ------
+    TypeError
+        If `labels` is no NumPy or CuPy array of integers.
+    ValueError
+        If a label is below 0 or above 2147483647, or the shape is none of the above.
+    BackendUnavailableError
+        If `labels` lie on a CUDA device that cannot compute.
 
     Examples
     --------
@@ -161,9 +224,29 @@ def region_sizes(labels: Array) -> Array:
 
 
 def remove_small(labels: Array, min_voxels: int) -> Array:
-    """Return labels without regions under `min_voxels`, volume by volume.
+    """Return labels without regions under `min_voxels`, renumbered 1..n in the same order.
 
-    The others are renumbered 1..n in the same order, in int32.
+    Each volume of a batch is numbered on its own.
+
+    Parameters
+    ----------
+    labels : integer array (X, Y, Z) or (B, X, Y, Z)
+        0 is background.
+    min_voxels : int
+        Smaller regions become background; a region of exactly this size is kept.
+
+    Returns
+    -------
+    int32 array of the shape of `labels`
+
+    Raises
+    ------
+    TypeError
+        If `labels` is no NumPy or CuPy array of integers, or `min_voxels` no integer.
+    ValueError
+        If a label is below 0 or above 2147483647, or the shape is none of the above.
+    BackendUnavailableError
+        If `labels` lie on a CUDA device that cannot compute.
 
     Examples
     --------
@@ -223,9 +306,13 @@ def _owner(array: Array) -> Backend:
     """Return the backend in whose memory `array` lies."""
     if isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
         return get_backend("cpu")
-    if type(array).__module__.partition(".")[0] == "cupy":
+    if _is_cupy(array):
         return get_backend("cuda")
     raise TypeError(f"a {type(array).__name__} is no array of a backend; pass NumPy or CuPy.")
+
+
+def _is_cupy(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "cupy"
 
 
 def _batch(maps: Array) -> tuple[Backend, Array]:
@@ -240,10 +327,17 @@ def _batch(maps: Array) -> tuple[Backend, Array]:
     return backend, batch.reshape((n_volumes, *maps.shape[-3:]))
 
 
-def _cutoffs(backend: Backend, batch: Array, cutoff: float | Array) -> FloatArray:
-    if not isinstance(cutoff, np.ndarray | float | int | list | tuple):
-        cutoff = backend.to_host(cutoff)
-    values = np.asarray(cutoff, np.float64)
+def _cutoffs(batch: Array, cutoff: float | Array) -> FloatArray:
+    """Return `cutoff` as usable magnitudes ``(B,)`` on the host."""
+    on_host = _owner(cutoff).to_host(cutoff) if _is_cupy(cutoff) else cutoff  # waits
+    try:
+        values = np.asarray(on_host)
+        is_real = all(isinstance(value, numbers.Real) for value in values.flat)
+    except (TypeError, ValueError) as error:  # rows of several lengths
+        raise TypeError(_no_cutoff(cutoff)) from error
+    if not is_real:
+        raise TypeError(_no_cutoff(cutoff))
+    values = values.astype(np.float64)
     if values.shape not in ((), (len(batch),)):
         raise ValueError(
             f"cutoff has shape {values.shape}; pass one number, or one for each of the "
@@ -253,3 +347,10 @@ def _cutoffs(backend: Backend, batch: Array, cutoff: float | Array) -> FloatArra
     if (values < 0).any():
         raise ValueError(f"cutoff={cutoff!r} is below zero; pass magnitudes.")
     return usable_cutoffs(values, batch.dtype)
+
+
+def _no_cutoff(cutoff: Any) -> str:
+    return (
+        f"cutoff={shown(cutoff)} is a {type(cutoff).__name__}; pass a magnitude in map units, or "
+        "one for each volume; percentile_cutoff returns those of a percentile."
+    )

@@ -74,6 +74,8 @@ def threshold_img(
         `two_sided`; InvalidMapError, a ValueError, if an image cannot be read.
     TypeError
         If `img` is no image, or a parameter of another type.
+    BackendUnavailableError, UnknownBackendError, DeviceMemoryError
+        If `backend` cannot run here, does not exist, or is too small for one volume.
 
     Examples
     --------

@@ -56,9 +56,13 @@ def connected_regions(
     extract_type : {"local_regions", "connected_components"}
         ``"local_regions"`` finds maxima of the smoothed map and lets them compete for the voxels
         by a random walker, solved exactly (nilearn stops at a relative residual of 0.001, which
-        leaves voxels with the wrong label: see ``docs/deviations.md``).
+        leaves voxels with the wrong label: see ``docs/deviations.md``). The method is that of
+        Abraham et al., "Region segmentation for sparse decompositions", 2014,
+        doi:10.1007/978-3-319-12289-2_7, the walker that of Grady, "Random Walks for Image
+        Segmentation", 2006, doi:10.1109/TPAMI.2006.233.
     smoothing_fwhm : float or None
-        In mm, None and 0 do not smooth; for ``"local_regions"`` only.
+        Full width at half maximum of a Gaussian, in mm; None and 0 do not smooth. For
+        ``"local_regions"`` only.
     mask_img : path or image, optional
         Voxels outside are background; resampled (nearest) to the grid of the maps.
     backend : {"auto", "cpu", "cuda"} or Backend
@@ -67,8 +71,9 @@ def connected_regions(
     Returns
     -------
     regions_img : Nifti1Image (X, Y, Z, n) float32, or None if there is no region
-        Lazy: see `gpuroi.stack.RegionStack`. A Nifti2Image if the maps are, or if there are more
-        regions than the 32,767 volumes of NIfTI-1.
+        Each region's voxels with their values, 0 elsewhere. Lazy: see `gpuroi.stack.RegionStack`.
+        A Nifti2Image if the maps are, or if there are more regions than the 32,767 volumes of
+        NIfTI-1.
     index : list of int, or None
         For each region, the map (fourth axis of `maps_img`) that it comes from.
 

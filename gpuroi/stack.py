@@ -23,6 +23,28 @@ class RegionStack:
     """An array proxy in nibabel's sense: shape, dtype, slicing, and dense only when asked.
 
     The volumes of all `parts` follow each other, region by region; voxels outside a region are 0.
+
+    Parameters
+    ----------
+    parts : list of RegionVoxels
+        One a map, one at least, all of one grid (X, Y, Z).
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (X, Y, Z, n), for n regions.
+    dtype : dtype
+        float32, in map units.
+    ndim : int
+        4.
+
+    Examples
+    --------
+    >>> import gpuroi, nibabel as nib, numpy as np
+    >>> img = nib.Nifti1Image(np.array([[[3.0, 3.0, 0.0, 4.0]]]), np.eye(4))
+    >>> stack = gpuroi.extract_regions(img, 2.0).to_4d_img().dataobj
+    >>> stack.shape, stack[0, 0, :, 1]
+    ((1, 1, 4, 2), array([0., 0., 0., 4.], dtype=float32))
     """
 
     is_proxy = True
@@ -65,7 +87,13 @@ class RegionStack:
         return out
 
     def largest_and_smallest(self) -> tuple[float, float]:
-        """Return the maximum and minimum of all volumes, with the background where there is one."""
+        """Return the maximum and minimum of all volumes, with the background where there is one.
+
+        Returns
+        -------
+        highest, lowest : float
+            In map units.
+        """
         values = [part.values for part in {id(part): part for part, _ in self._volumes}.values()]
         background = [0.0] if sum(v.size for v in values) < math.prod(self.shape) else []
         highest = max([float(v.max()) for v in values] + background)
@@ -103,7 +131,17 @@ class RegionImage(nib.Nifti1Image):
         return self._nibabel_class(self.dataobj, self.affine, self.header).slicer
 
     def to_file_map(self, file_map: Any = None, dtype: Any = None, **kwargs: Any) -> None:
-        """Write the image; a stack is never made dense if it is stored as the float32 it is."""
+        """Write the image; a stack is never made dense if it is stored as the float32 it is.
+
+        Parameters
+        ----------
+        file_map : dict, optional
+            As in nibabel: where to write, by default where the image was told to be.
+        dtype : dtype, optional
+            How voxels are stored, by default as the header says.
+        **kwargs
+            For nibabel's method, which writes any other dtype and any other array.
+        """
         stack = self.dataobj
         target = self.get_data_dtype() if dtype is None else dtype
         if not isinstance(stack, RegionStack) or target not in (_DTYPE, _DTYPE.newbyteorder()):
@@ -131,7 +169,31 @@ class RegionNifti2Image(RegionImage, nib.Nifti2Image):
 def stack_image(parts: list[RegionVoxels], affine: NDArray[np.float64], header: Any) -> RegionImage:
     """Return the regions of all `parts` as one lazy 4-D image in the space of `header`.
 
-    In NIfTI-2 if `header` is, or if there are more regions than an axis of NIfTI-1 can have.
+    Parameters
+    ----------
+    parts : list of RegionVoxels
+        One a map, with one region at least among them.
+    affine : float64 array (4, 4)
+        Voxel to mm.
+    header : nibabel header
+        Whose codes and units are kept.
+
+    Returns
+    -------
+    RegionImage (X, Y, Z, n) float32, in map units
+        In NIfTI-2 if `header` is, or if there are more regions than the 32,767 volumes that NIfTI-1
+        can have.
+
+    Examples
+    --------
+    >>> import nibabel as nib, numpy as np
+    >>> from gpuroi.algorithms.measure import gather
+    >>> from gpuroi.backends import LabelledVoxels
+    >>> from gpuroi.stack import stack_image
+    >>> found = LabelledVoxels(np.array([0, 3]), np.array([1, 2], np.int32), 2)
+    >>> parts = [gather(found, np.array([[[3.0, 0.0, 0.0, 4.0]]]))]
+    >>> stack_image(parts, np.eye(4), nib.Nifti1Header()).shape
+    (1, 1, 4, 2)
     """
     stack = RegionStack(parts)
     in_nifti2 = isinstance(header, nib.Nifti2Header) or stack.shape[3] > np.iinfo(np.int16).max

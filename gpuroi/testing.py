@@ -48,6 +48,30 @@ def require_backend(name: str) -> Backend:
 
     Where ``GPUROI_REQUIRE`` names it, the test fails instead: a run on a GPU must not pass by
     skipping.
+
+    Parameters
+    ----------
+    name : str
+        Such as ``"cuda"``.
+
+    Returns
+    -------
+    Backend
+
+    Raises
+    ------
+    BackendUnavailableError
+        If it cannot run here and ``GPUROI_REQUIRE`` names it.
+    UnknownBackendError
+        If no backend has that name, or one that ``GPUROI_REQUIRE`` holds.
+    TypeError
+        If `name` is no string.
+
+    Examples
+    --------
+    >>> from gpuroi.testing import require_backend
+    >>> require_backend("cpu").name
+    'cpu'
     """
     try:
         return get_backend(name)
@@ -58,7 +82,28 @@ def require_backend(name: str) -> Backend:
 
 
 def is_required(name: str) -> bool:
-    """Return whether ``GPUROI_REQUIRE`` names this backend."""
+    """Return whether ``GPUROI_REQUIRE`` names this backend.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    bool
+
+    Raises
+    ------
+    UnknownBackendError
+        If ``GPUROI_REQUIRE`` holds a name that no backend has: a slip there must not skip tests.
+
+    Examples
+    --------
+    >>> import os
+    >>> from gpuroi.testing import is_required
+    >>> is_required("cpu") == ("cpu" in os.environ.get("GPUROI_REQUIRE", ""))
+    True
+    """
     required = {word.strip().lower() for word in os.environ.get(REQUIRE, "").split(",")} - {""}
     for unknown in required - set(names()):
         raise UnknownBackendError(f"{REQUIRE} names {unknown!r}; gpuroi has {', '.join(names())}.")
@@ -66,7 +111,27 @@ def is_required(name: str) -> bool:
 
 
 def make_maps(kind: str, shape: tuple[int, int, int, int], dtype: str, seed: int) -> FloatArray:
-    """Return a batch of maps ``(B, X, Y, Z)`` of one of `KINDS`, the same for the same seed."""
+    """Return a batch of maps of one of `KINDS`, the same for the same seed.
+
+    Parameters
+    ----------
+    kind : str
+        One of `KINDS`: what there is to go wrong.
+    shape : four ints
+        (B, X, Y, Z).
+    dtype : {"float32", "float64"}
+    seed : int
+
+    Returns
+    -------
+    array (B, X, Y, Z) of `dtype`
+
+    Examples
+    --------
+    >>> from gpuroi.testing import make_maps
+    >>> make_maps("constant", (1, 1, 1, 2), "float32", 0)
+    array([[[[1.5, 1.5]]]], dtype=float32)
+    """
     rng = np.random.default_rng([seed, zlib.crc32(kind.encode())])
     maps = rng.standard_normal(shape)
     if kind == "smooth":
@@ -92,7 +157,31 @@ def expected_labels(
     connectivity: Connectivity,
     min_voxels: int,
 ) -> NDArray[np.int32]:
-    """Return the labels of one volume as SciPy finds them, each sign on its own."""
+    """Return the labels of one volume as `scipy.ndimage.label` finds them, each sign on its own.
+
+    Parameters
+    ----------
+    volume : float array (X, Y, Z)
+    cutoff : scalar of its dtype
+        Magnitude to reach, above zero.
+    tail : {"both", "positive", "negative"}
+    connectivity : {6, 18, 26}
+    min_voxels : int
+        Smaller regions are background.
+
+    Returns
+    -------
+    int32 array (X, Y, Z)
+        0 is background; 1..n by first voxel in C order.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpuroi.testing import expected_labels
+    >>> volume = np.array([[[3.0, 0.0, 4.0, -4.0]]])
+    >>> expected_labels(volume, np.float64(2), "both", 6, 1)
+    array([[[1, 0, 2, 3]]], dtype=int32)
+    """
     structure = ndimage.generate_binary_structure(3, CONNECTIVITIES.index(connectivity) + 1)
     masks = {"positive": volume >= cutoff, "negative": volume <= -cutoff}
     regions = []

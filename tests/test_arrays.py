@@ -52,6 +52,13 @@ def test_voxels_that_are_not_finite_are_background_and_rank_as_zero(bad):
         (lambda: arrays.label([[[1.0]]], 1.0), TypeError, "list is no array of a backend"),
         (lambda: arrays.label(MAPS * 1j, 1.0), TypeError, "maps are complex64; pass real"),
         (lambda: arrays.label(MAPS, -1.0), ValueError, "cutoff=-1.0 is below zero; pass magn"),
+        (lambda: arrays.label(MAPS, "97%"), TypeError, "cutoff='97%' is a str; pass a magnitude"),
+        (lambda: arrays.threshold(MAPS, "97%"), TypeError, "percentile_cutoff returns those of a"),
+        (lambda: arrays.label(MAPS, None), TypeError, "cutoff=None is a NoneType; pass a magn"),
+        (lambda: arrays.label(MAPS, True), TypeError, "cutoff=True is a bool; pass a magnitude"),
+        (lambda: arrays.label(MAPS, 3j), TypeError, "cutoff=3j is a complex; pass a magnitude"),
+        (lambda: arrays.label(MAPS, ["1", "2", "3"]), TypeError, r"cutoff=\['1', '2', '3'\] is a"),
+        (lambda: arrays.label(MAPS, [1, [2], 3]), TypeError, r"cutoff=\[1, \[2\], 3\] is a list"),
         (lambda: arrays.label(MAPS, 1.0, min_voxels="3"), TypeError, "cannot be interpreted as an"),
         (lambda: arrays.label(np.ma.array(MAPS), 1.0), TypeError, "a MaskedArray is no array of"),
         (lambda: arrays.percentile_cutoff(MAPS, "97"), TypeError, "percentile='97' is a str"),
@@ -66,6 +73,18 @@ def test_voxels_that_are_not_finite_are_background_and_rank_as_zero(bad):
 def test_what_cannot_be_used_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "cutoff", [1, np.float32(1), np.array(1, np.uint8), [1.0] * 3, (1, np.float64(1), 1.0)]
+)
+def test_cutoffs_are_numbers_of_any_kind(cutoff):
+    expected, _ = arrays.label(MAPS, 1.0)
+    np.testing.assert_array_equal(arrays.label(MAPS, cutoff)[0], expected)
+
+
+def test_no_voxel_reaches_a_cutoff_that_is_a_very_large_integer():
+    assert arrays.label(MAPS, 10**30)[1].tolist() == [0, 0, 0]
 
 
 def test_labels_of_a_batch_are_measured_volume_by_volume():
@@ -107,6 +126,12 @@ def test_cupy_in_cupy_out():
     assert type(labels) is type(counts) is type(device_maps)
     for actual, expected in zip((labels, counts), arrays.label(MAPS, 0.5), strict=True):
         np.testing.assert_array_equal(cuda.to_host(actual), expected)
+    for cutoff in (np.float32(0.5), np.full(3, 0.5), cuda.to_device(np.full(3, 0.5))):
+        np.testing.assert_array_equal(
+            cuda.to_host(arrays.label(device_maps, cutoff)[0]), cuda.to_host(labels)
+        )
+    of_the_host, _ = arrays.label(MAPS, cuda.to_device(np.full(3, 0.5)))
+    np.testing.assert_array_equal(of_the_host, cuda.to_host(labels))
     np.testing.assert_array_equal(
         arrays.percentile_cutoff(device_maps, 97), arrays.percentile_cutoff(MAPS, 97)
     )

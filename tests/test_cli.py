@@ -24,12 +24,12 @@ from nilearn.regions import connected_regions
 from typer.testing import CliRunner
 
 import gpuroi
-from gpuroi import backends, cli, watch
+from gpuroi import backends, cli
+from gpuroi.cli import _screen, _watch
 from gpuroi.cohort import CohortReport, Progress, extract_cohort
 from gpuroi.cohort._ledger import Ledger, Record
 from gpuroi.datasets import load_sample_motor_activation_image
 from gpuroi.pipeline import Finder
-from gpuroi.screen import console
 
 # Two regions: 27 voxels of 5 and 8 voxels of -6, of 27 mm^3 each.
 DATA = np.zeros((12, 12, 12), np.float32)
@@ -414,7 +414,7 @@ class TestProgress:
     def clock(self, monkeypatch):
         clock = SimpleNamespace(now=1000.0)
         clock.monotonic = lambda: clock.now
-        monkeypatch.setattr(watch, "time", clock)
+        monkeypatch.setattr(_watch, "time", clock)
         return clock
 
     @staticmethod
@@ -423,7 +423,7 @@ class TestProgress:
         return Record(source, 1, 1, "digest", f"m{number}", status, **rest)
 
     def test_a_line_now_and_then(self, clock, capsys):
-        watching = watch.Watch(console(stderr=True))
+        watching = _watch.Watch(_screen.console(stderr=True))
         with watching:
             watching(Progress(40_000, 0))
             for n_done, n_failed, now in [
@@ -443,7 +443,7 @@ class TestProgress:
         ]
 
     def test_none_of_few_quick_maps(self, clock, capsys):
-        watching = watch.Watch(console(stderr=True))
+        watching = _watch.Watch(_screen.console(stderr=True))
         with watching:
             watching(Progress(2, 0))
             clock.now += 9
@@ -460,8 +460,8 @@ class TestProgress:
         ],
     )
     def test_speeds_and_times(self, clock, capsys, monkeypatch, n_done, seconds, said):
-        monkeypatch.setattr(watch, "_SECONDS_BETWEEN_LINES", 0)
-        watching = watch.Watch(console(stderr=True))
+        monkeypatch.setattr(_watch, "_SECONDS_BETWEEN_LINES", 0)
+        watching = _watch.Watch(_screen.console(stderr=True))
         watching(Progress(100, 0))
         clock.now += seconds
         watching(Progress(100, 0, n_done, 0, self.ended()))
@@ -492,11 +492,11 @@ class TestProgress:
         ],
     )
     def test_what_need_not_be_done_is_said_once(self, capsys, n_to_do, n_skipped, n_failed, said):
-        watch.Watch(console(stderr=True))(Progress(n_to_do, n_skipped, 0, n_failed))
+        _watch.Watch(_screen.console(stderr=True))(Progress(n_to_do, n_skipped, 0, n_failed))
         assert capsys.readouterr().err.splitlines() == said
 
     def test_of_many_failures_and_warnings_the_first_are_shown(self, capsys):
-        watching = watch.Watch(console(stderr=True))
+        watching = _watch.Watch(_screen.console(stderr=True))
         watching(Progress(30, 0))
         for number in range(30):
             record = self.ended(
@@ -514,7 +514,7 @@ class TestProgress:
     def test_maps_elsewhere_have_their_whole_path(self, capsys):
         for source in ("/data/m.nii", str(Path.cwd() / "sub" / "m.nii")):
             record = Record(source, 1, 1, "digest", "m", "failed", error="OSError", message="gone.")
-            watch.Watch(console(stderr=True)).tell(record)
+            _watch.Watch(_screen.console(stderr=True)).tell(record)
         assert capsys.readouterr().err == "failed: /data/m.nii: gone.\nfailed: sub/m.nii: gone.\n"
 
     @pytest.mark.parametrize(
@@ -548,10 +548,10 @@ class TestProgress:
             failures=tuple(failures),
             summary={name: Path.cwd() / "out" / f"{name}.tsv" for name in summary},
         )
-        assert watch.outcome(cohort, Path("out"), seconds, n_warnings) == said
+        assert _watch.outcome(cohort, Path("out"), seconds, n_warnings) == said
 
     def test_lines_of_a_real_run(self, monkeypatch):
-        monkeypatch.setattr(watch, "_SECONDS_BETWEEN_LINES", 0)
+        monkeypatch.setattr(_watch, "_SECONDS_BETWEEN_LINES", 0)
         names = [write_map(f"m{number}.nii") for number in range(3)]
         lines, last = complaints(run("extract", *names, *BOTH, "-o", "out"))
         assert [line.split(",")[0] for line in lines] == [

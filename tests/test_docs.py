@@ -2,7 +2,6 @@
 
 import doctest
 import importlib
-import inspect
 import os
 import pkgutil
 import re
@@ -62,12 +61,3 @@ def test_the_example_draws_its_pictures_offline(tmp_path):
     assert "Going on with the sample that nilearn brings" in done.stderr
     pictures = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert pictures == sorted(path.name for path in (ROOT / "docs/images").glob("*.png"))
-
-
-def test_public_functions_have_an_example():
-    for name in ("extract_regions", "available_backends"):
-        assert ">>> " in getattr(gpuroi, name).__doc__
-    for module in (gpuroi.arrays, gpuroi.image, gpuroi.regions, gpuroi.datasets, gpuroi.plotting):
-        for name in module.__all__:
-            if inspect.isfunction(getattr(module, name)):
-                assert ">>> " in getattr(module, name).__doc__

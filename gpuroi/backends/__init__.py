@@ -28,10 +28,19 @@ ENVIRONMENT_VARIABLE = "GPUROI_BACKEND"
 
 @dataclass(frozen=True)
 class LabelledVoxels:
-    """The voxels of one volume's regions, in C order."""
+    """The voxels of one volume's regions, in C order.
 
-    index: NDArray[np.int64]  # flat
-    label: NDArray[np.int32]  # 1..n_regions
+    Attributes
+    ----------
+    index : int64 array (m,)
+        Flat indices into the volume, ascending.
+    label : int32 array (m,)
+        The region of each voxel, 1..n_regions.
+    n_regions : int
+    """
+
+    index: NDArray[np.int64]
+    label: NDArray[np.int32]
     n_regions: int
 
 
@@ -39,29 +48,83 @@ class Backend(Protocol):
     """Five verbs and three doors: all that differs between a CPU and a GPU.
 
     `maps` are a batch of volumes ``(B, X, Y, Z)``: finite values, float32 or float64, C-contiguous,
-    native byte order, in the backend's own memory. Every backend returns the same bits.
+    native byte order, in the backend's own memory. Every backend returns the same bits. A verb
+    whose arrays do not fit on the device raises `MemoryError`, or an error derived from it.
+
+    Attributes
+    ----------
+    name : str
+        What `get_backend` is asked for: the name of its module.
+    device : str
+        The hardware, in words for people; provenance keeps it.
+    xp : module
+        The namespace of its arrays, NumPy or CuPy: ``backend.xp.where(...)``.
+    batch_bytes : int
+        How much of a series of maps it likes to be given at once, in bytes; 1 is map by map.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpuroi import get_backend
+    >>> backend = get_backend("cpu")
+    >>> maps = backend.to_device(np.array([[[[3.0, 0.0, 4.0, -4.0]]]]))
+    >>> labels, counts = backend.components(maps, np.array([2.0]), "both", 6, 1)
+    >>> backend.to_host(labels).ravel(), backend.to_host(counts)
+    (array([1, 0, 2, 3], dtype=int32), array([3], dtype=int32))
     """
 
     name: str
     device: str
     xp: ModuleType
-    batch_bytes: int  # how much of a series of maps it likes to be given at once
+    batch_bytes: int
 
     def versions(self) -> dict[str, str]:
-        """Return the versions of the libraries that decide the result, by package name."""
+        """Return the versions of the libraries that decide the result.
+
+        Returns
+        -------
+        dict
+            Versions by package name, ``"numpy"`` among them.
+        """
 
     def to_device(self, host: NDArray[np.generic]) -> Array:
-        """Return `host` as a C-contiguous array of this backend."""
+        """Return `host` in the backend's own memory.
+
+        Parameters
+        ----------
+        host : array of any shape and real dtype
+
+        Returns
+        -------
+        array of `xp`, C-contiguous, of the shape and dtype of `host`
+            The CPU backend returns `host` itself, in the memory layout that it has.
+        """
 
     def upload(self, host: NDArray[np.generic]) -> Callable[[], Array]:
         """Begin to copy `host`, and return a function that gives what `to_device` would.
 
-        To be called once, when the array is needed: until then the device does other work. `host`
-        may change meanwhile.
+        Parameters
+        ----------
+        host : array of any shape and real dtype
+            May change once this has returned.
+
+        Returns
+        -------
+        callable
+            To be called once, when the array is needed: until then the device does other work.
         """
 
     def to_host(self, array: Array) -> Any:
-        """Return `array` as a NumPy array, waiting until it has been computed."""
+        """Return `array` on the host, waiting until it has been computed.
+
+        Parameters
+        ----------
+        array : array of `xp`
+
+        Returns
+        -------
+        NumPy array of the same shape and dtype
+        """
 
     def order_statistics(
         self,
@@ -70,10 +133,21 @@ class Backend(Protocol):
         absolute: bool,
         population: Array | None,
     ) -> FloatArray:
-        """Return the values at `ranks` ``(B, k)`` of each sorted volume, exactly, on the host.
+        """Return the values at some ranks of each volume, exactly.
 
-        With `absolute`, magnitudes are sorted. `population` is a boolean array ``(B, X, Y, Z)`` of
-        the voxels that take part (None: all); each rank lies below its volume's population.
+        Parameters
+        ----------
+        maps : batch
+        ranks : int64 array (B, k) on the host
+            Places among the sorted values from 0 on, ascending, each below its volume's population.
+        absolute : bool
+            Sort magnitudes instead of values.
+        population : bool array (B, X, Y, Z), or None
+            The voxels that take part; None is all of them.
+
+        Returns
+        -------
+        NumPy array (B, k) of the dtype of `maps`
         """
 
     def components(
@@ -84,12 +158,27 @@ class Backend(Protocol):
         connectivity: Connectivity,
         min_voxels: int,
     ) -> tuple[Array, Array]:
-        """Return labels ``(B, X, Y, Z)`` int32 and the number of regions ``(B,)`` int32.
+        """Return the connected components of the foreground of each volume.
 
-        Foreground is ``x >= cutoff`` (positive), ``x <= -cutoff`` (negative) or both, without
-        joining the two signs. `cutoffs` ``(B,)`` live on the host, are above zero and of the maps'
-        dtype. Regions with fewer than `min_voxels` voxels are background; the others are numbered
-        1..n by their first voxel in C order.
+        Parameters
+        ----------
+        maps : batch
+        cutoffs : array (B,) of the dtype of `maps`, on the host
+            Above zero; infinity is reached by no voxel.
+        tail : {"both", "positive", "negative"}
+            Foreground is ``x >= cutoff`` (positive), ``x <= -cutoff`` (negative) or both, without
+            joining the two signs.
+        connectivity : {6, 18, 26}
+            Neighbours that join: by faces, edges too, corners too.
+        min_voxels : int
+            Smaller regions are background.
+
+        Returns
+        -------
+        labels : int32 array (B, X, Y, Z)
+            0 is background; 1..n by first voxel in C order, in each volume.
+        counts : int32 array (B,)
+            n of each volume.
         """
 
     def component_voxels(
@@ -100,9 +189,18 @@ class Backend(Protocol):
         connectivity: Connectivity,
         min_voxels: int,
     ) -> list[LabelledVoxels]:
-        """Return the labelled voxels of `components`, volume by volume, on the host.
+        """Return the labelled voxels of `components`, volume by volume.
 
         A few percent of a volume at most thresholds: less to copy, and less to walk through.
+
+        Parameters
+        ----------
+        maps, cutoffs, tail, connectivity, min_voxels
+            As in `components`.
+
+        Returns
+        -------
+        list of LabelledVoxels, on the host
         """
 
     def smooth(self, maps: Array, sigma_voxels: tuple[float, float, float]) -> Array:
@@ -110,20 +208,52 @@ class Backend(Protocol):
 
         Equals `scipy.ndimage.gaussian_filter1d` chained over the axes bit for bit: sums in
         float64 in SciPy's order, rounded to the maps' dtype after each axis.
+
+        Parameters
+        ----------
+        maps : batch
+        sigma_voxels : three floats
+            Standard deviations along x, y and z; 0 leaves that axis as it is.
+
+        Returns
+        -------
+        array (B, X, Y, Z) of the dtype of `maps`
         """
 
     def local_maxima(self, maps: Array, distance: int, floors: FloatArray) -> Array:
-        """Return seeds ``(B, X, Y, Z)`` int32: where a voxel is the maximum of its window.
+        """Return seeds: voxels that are the maximum of the window around them.
 
-        The window reaches `distance` voxels to each side and ends at the border. A maximum exceeds
-        its volume's entry of `floors` ``(B,)``, zero or more. Touching maxima of one plateau
-        (6-connected) share a seed; seeds are numbered 1..n in C order.
+        Parameters
+        ----------
+        maps : batch
+        distance : int
+            Voxels from the window's centre to each side; the window ends at the border.
+        floors : array (B,) of the dtype of `maps`, on the host
+            A maximum exceeds its volume's entry, which is zero or more.
+
+        Returns
+        -------
+        int32 array (B, X, Y, Z)
+            Seeds are numbered 1..n in C order; touching maxima of one plateau (6-connected) share
+            one. 0 is elsewhere.
         """
 
 
 @cache
 def names() -> tuple[str, ...]:
-    """Return the names of all backends of this installation, runnable or not."""
+    """Return the names of all backends of this installation, runnable or not.
+
+    Returns
+    -------
+    tuple of str
+        Sorted.
+
+    Examples
+    --------
+    >>> from gpuroi import backends
+    >>> backends.names()
+    ('cpu', 'cuda')
+    """
     modules = (module.name for module in pkgutil.iter_modules(__path__))
     return tuple(sorted(name for name in modules if not name.startswith("_")))
 
@@ -135,13 +265,35 @@ def _load(name: str) -> Backend:
 
 
 def environments(name: str) -> list[dict[str, str]]:
-    """Return for each device of a backend the variables with which a process sees it alone."""
+    """Return for each device of a backend the variables with which a process sees it alone.
+
+    Parameters
+    ----------
+    name : str
+        One of `names`, that can run here.
+
+    Returns
+    -------
+    list of dict
+        One a device, such as ``{"CUDA_VISIBLE_DEVICES": "0"}``.
+
+    Examples
+    --------
+    >>> from gpuroi import backends
+    >>> backends.environments("cpu")
+    [{}]
+    """
     module = importlib.import_module(f"{__name__}.{name}")
     return module.environments() if hasattr(module, "environments") else [{}]
 
 
 def available_backends() -> dict[str, str | None]:
     """Return each backend's name with None if it can run here, else with the reason why not.
+
+    Returns
+    -------
+    dict
+        Of str or None, in the order of the names.
 
     Examples
     --------
@@ -169,12 +321,28 @@ def get_backend(backend: str | Backend = "auto") -> Backend:
         ``"auto"`` follows the environment variable ``GPUROI_BACKEND`` where it is set, and takes
         the first of `PREFERENCE` that can run otherwise. Only ``auto`` ever falls back.
 
+    Returns
+    -------
+    Backend
+        The same one for the same name: it is loaded once.
+
     Raises
     ------
     UnknownBackendError
         If no backend has that name.
     BackendUnavailableError
         If the backend was named and cannot run here.
+    TypeError
+        If `backend` is neither a name nor a backend.
+
+    Examples
+    --------
+    >>> import gpuroi
+    >>> backend = gpuroi.get_backend("cpu")
+    >>> backend.name, backend.xp.__name__
+    ('cpu', 'numpy')
+    >>> gpuroi.get_backend(backend) is backend
+    True
     """
     if not isinstance(backend, str):
         if hasattr(backend, "component_voxels"):

@@ -27,6 +27,11 @@ def load_sample_motor_activation_image() -> str:
 
     The file ships inside nilearn (NeuroVault image 10426); nothing is downloaded.
 
+    Returns
+    -------
+    str
+        The path of a ``.nii.gz`` file.
+
     Raises
     ------
     MissingExtraError

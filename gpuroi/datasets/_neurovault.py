@@ -48,7 +48,12 @@ class NeuroVaultDataset:
     description: str
 
     def keys(self) -> list[str]:
-        """Return the names of the fields, so that ``dict(dataset)`` works."""
+        """Return the names of the fields, so that ``dict(dataset)`` works.
+
+        Returns
+        -------
+        list of str
+        """
         return [field.name for field in fields(self)]
 
     def __getitem__(self, name: str) -> Any:
@@ -91,8 +96,8 @@ def fetch_neurovault_auditory_computation_task(
         times in a row (once where the server says that there is nothing). It is an `OSError`.
     MissingExtraError
         If something has to be downloaded and pooch is not installed.
-    ValueError
-        If `timeout` is not above zero.
+    ValueError, TypeError
+        If `timeout` is no number above zero, or `data_dir` no path.
 
     Examples
     --------

@@ -102,8 +102,8 @@ def make_stat_map(
 
     Raises
     ------
-    ValueError
-        If a parameter is out of range, or so many regions have no place in the head.
+    ValueError, TypeError
+        If a parameter is out of range or no number, or so many regions have no place in the head.
 
     Examples
     --------

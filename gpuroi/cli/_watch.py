@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpuroi.screen import say
+from gpuroi.cli._screen import say
 from gpuroi.words import counted
 
 if TYPE_CHECKING:

@@ -1,8 +1,4 @@
-"""The command line: parse, call, print, exit code; the science is elsewhere.
-
-Exit codes: 0 all maps done, 1 some failed or the run had to stop, 2 the command cannot be carried
-out, 130 interrupted.
-"""
+"""The commands and their options: parse, call, print, exit code."""
 
 import re
 import sys
@@ -16,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from gpuroi.screen import Results, console, say
-from gpuroi.watch import Watch, outcome
+from gpuroi.cli._screen import Results, console, say
+from gpuroi.cli._watch import Watch, outcome
 
 if TYPE_CHECKING:
     from rich.console import Console
