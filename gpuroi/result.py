@@ -148,6 +148,10 @@ class Regions:
         The image is lazy: slicing ``dataobj`` allocates what it returns, and ``to_filename`` writes
         volume by volume. ``get_fdata()`` makes everything dense.
 
+        Returns
+        -------
+        nibabel.Nifti1Image
+
         Raises
         ------
         ValueError
@@ -194,7 +198,14 @@ class Regions:
         return paths
 
     def files(self) -> dict[str, tuple[str, bytes]]:
-        """Return what `save` writes: the extension and the content of each kind of file."""
+        """Return what `save` writes.
+
+        Returns
+        -------
+        dict
+            The extension and the content of each kind of file: ``labels``, ``table`` and
+            ``provenance``.
+        """
         from gpuroi import io
 
         # In the order of the file, and from the voxels: a volume in any other would be turned.

@@ -28,11 +28,21 @@ MAP_SUFFIXES = ("statmap", "tmap", "zmap", "effect", "stat")
 
 @dataclass(frozen=True, slots=True)
 class MapFile:
-    """A file to work on, and what the names of its outputs begin with, below the output folder."""
+    """A file to work on.
 
-    path: str  # as it was named
-    source: str  # absolute
-    stem: str  # with slashes on every system
+    Attributes
+    ----------
+    path : str
+        As it was named.
+    source : str
+        Absolute path.
+    stem : str
+        What the names of its outputs begin with, below the output folder; with slashes everywhere.
+    """
+
+    path: str
+    source: str
+    stem: str
 
 
 def find_maps(
@@ -58,6 +68,11 @@ def find_maps(
         Take every n-th map from the i-th on, i from 1 to n: for the tasks of a scheduler's array.
     limit : int, optional
         Take the first so many; of a shard, of its own.
+
+    Returns
+    -------
+    list of MapFile
+        In the order of `inputs`, folders in that of their names.
 
     Raises
     ------

@@ -23,22 +23,44 @@ _RESERVED_BYTES = 2**16
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What became of one map; its outputs are told by `gpuroi.cohort._outputs.output_names`."""
+    """What became of one map.
 
-    source: str  # absolute
-    size: int  # bytes, -1 if there was no file
+    Attributes
+    ----------
+    source : str
+        Absolute path of the map.
+    size, mtime_ns : int
+        Bytes and time of change of its file, -1 if there was none.
+    parameters : str
+        Digest of the parameters and of the version of gpuroi.
+    stem : str
+        What the names of its outputs begin with, below the output folder.
+    status : {"done", "failed"}
+    n_volumes, n_regions : int
+        Volumes of a series, 1 of a map; regions of all volumes together.
+    output_bytes, output_crc : int
+        Of all outputs, one behind the other: their length and CRC-32.
+    error, message : str
+        Class and message of what went wrong.
+    warnings : tuple of str
+    written_ns : int
+        When it was written down: of several records of a map, the last one holds.
+    """
+
+    source: str
+    size: int
     mtime_ns: int
-    parameters: str  # digest
+    parameters: str
     stem: str
     status: Literal["done", "failed"]
     n_volumes: int = 0
     n_regions: int = 0
-    output_bytes: int = 0  # of all outputs together
-    output_crc: int = 0  # CRC-32 of all outputs, one behind the other
-    error: str = ""  # class
+    output_bytes: int = 0
+    output_crc: int = 0
+    error: str = ""
     message: str = ""
     warnings: tuple[str, ...] = ()
-    written_ns: int = 0  # when it was appended: of the records of one map, the last one holds
+    written_ns: int = 0
 
 
 _FIELDS = tuple(field.name for field in fields(Record))

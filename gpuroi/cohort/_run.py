@@ -51,26 +51,55 @@ _MOST_FOR_DEVICE = 128
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come."""
+    """How far a run has come.
 
-    n_to_do: int  # in this run
-    n_skipped: int  # done by an earlier one
+    Attributes
+    ----------
+    n_to_do : int
+        Maps that this run has to work on.
+    n_skipped : int
+        Maps that an earlier one has done.
+    n_done, n_failed : int
+        Maps that have ended in this run; failures of an earlier one that stay are counted, too.
+    latest : Record or None
+        Of the map that has just ended; None when the run begins.
+    """
+
+    n_to_do: int
+    n_skipped: int
     n_done: int = 0
     n_failed: int = 0
-    latest: Record | None = None  # None: the run begins
+    latest: Record | None = None
 
 
 @dataclass(frozen=True)
 class CohortReport:
-    """What became of a cohort."""
+    """What became of a cohort.
+
+    Attributes
+    ----------
+    folder : Path
+        Of the outputs.
+    maps : tuple of MapFile
+        In the order of the inputs.
+    records : tuple of Record
+        What became of each map, in this run or an earlier one.
+    n_done, n_skipped : int
+        Maps done in this run, and by earlier ones.
+    failures : tuple of Record
+        Of the maps that failed, in this run or an earlier one.
+    summary : dict of str to Path
+        ``description``, ``regions``, ``overlap`` and ``failures``, those that were written; empty
+        while other shards run.
+    """
 
     folder: Path
-    maps: tuple[MapFile, ...]  # in the order of the inputs
-    records: tuple[Record, ...]  # what became of each of them, in this run or an earlier one
-    n_done: int  # in this run
-    n_skipped: int  # done by an earlier one
+    maps: tuple[MapFile, ...]
+    records: tuple[Record, ...]
+    n_done: int
+    n_skipped: int
     failures: tuple[Record, ...]
-    summary: dict[str, Path] = field(default_factory=dict)  # empty while other shards run
+    summary: dict[str, Path] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Return how many maps there are: a notebook is not to show each."""
@@ -146,6 +175,8 @@ def extract_cohort(
         If the disk of `out_dir` is full or read-only.
     BackendUnavailableError, UnknownBackendError
         If `backend` cannot run here, or does not exist.
+    MissingExtraError
+        If BIDS names are to be read and nilearn is not installed.
 
     Notes
     -----
