@@ -18,7 +18,7 @@ import gpuroi
 from gpuroi import plotting
 from gpuroi.errors import DimensionError
 from gpuroi.plotting import Cut, _backgrounds
-from gpuroi.plotting._colors import ValueColors, region_colors
+from gpuroi.plotting._colors import N_COLORS, ValueColors, region_color, region_colors
 from gpuroi.plotting._cuts import cut_through_signal, cuts_along
 from gpuroi.plotting._planes import Volume
 from tests.conftest import image
@@ -39,6 +39,11 @@ AFFINES = {
     "permuted": np.array([[0, -2.0, 0, 40], [0, 0, 3.0, -9], [4.0, 0, 0, -30], [0, 0, 0, 1]]),
     "oblique": TURNED,
 }
+
+WHITE = (255, 255, 255)
+
+# Nothing but what is in the image.
+BARE = {"annotate": False, "draw_cross": False, "colorbar": False}
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +86,15 @@ def places_of(display, cut, is_drawn):
     (left, right), (low, high) = sorted(panel.get_xlim()), panel.get_ylim()
     inside = (places[:, 0] > left) & (places[:, 0] < right)
     return places[inside & (places[:, 1] > low) & (places[:, 1] < high)]
+
+
+def colors_in(display, cut):
+    """Return the colours (RGB) of a panel, but of its border."""
+    pixels, box = rendered(display), display.panels[cut].get_window_extent()
+    top, bottom = pixels.shape[0] - int(box.y1), pixels.shape[0] - int(box.y0)
+    inside = pixels[top + 3 : bottom - 3, int(box.x0) + 3 : int(box.x1) - 3]
+    assert inside.size > 1000
+    return set(map(tuple, inside.reshape(-1, 3).tolist()))
 
 
 def is_red(pixels):
@@ -190,6 +204,39 @@ class TestCuts:
         assert cuts_along(Volume(volume, MM), "x", 7) == [9]
         assert len(cuts_along(Volume(volume * 0, MM), "x", 7)) == 7
         assert cut_through_signal(Volume(volume * 0, MM)) == (12, 15, 15)
+
+    def test_labels_have_no_size(self):
+        labels = np.zeros((4, 4, 40), np.int32)
+        labels[:2, :2, 0:40], labels[3, 3, 30:40] = 1, 2
+        cuts = [
+            cuts_along(Volume(np.where(labels == 2, second, labels), MM, is_labels=True), "z", 4)
+            for second in (2, 1000)
+        ]
+        assert cuts[0] == cuts[1]
+
+    def test_a_cut_moves_to_a_region_that_is_in_none(self):
+        """The nearest cut that no other region needs, to a quarter of the region or more."""
+        labels = np.zeros((16, 16, 42), np.int32)
+        labels[0:12, 0:12] = 1
+        assert cuts_along(Volume(labels, MM, is_labels=True), "z", 4) == [15, 45, 78, 108]
+        labels[14, 14, 5:7] = 2  # in the first of these
+        labels[12:15, 13:15, 19:23] = labels[12:14, 13, 23] = labels[12, 13, 24] = 3
+        labels[14, 14, 39:42] = 4
+        cuts = cuts_along(Volume(labels, MM, is_labels=True), "z", 4)
+        assert cuts == [15, 45, 69, 117]
+
+    def test_of_too_many_regions_as_many_as_there_are_cuts_are_seen(self):
+        labels = np.zeros((4, 4, 36), np.int32)
+        for k in range(12):
+            labels[1:3, 1:3, 3 * k] = k + 1
+        cuts = cuts_along(Volume(labels, MM, is_labels=True), "z", 7)
+        assert len({int(labels[1, 1, round(mm / 3)]) for mm in cuts} - {0}) == 7
+
+    def test_many_specks_do_not_hide_what_is_large(self):
+        labels = np.zeros((40, 40, 9), np.int32)
+        labels[4:36, 4:36, 0] = 1
+        labels[::2, ::2, 8] = np.arange(2, 402).reshape(20, 20)
+        assert cuts_along(Volume(labels, MM, is_labels=True), "z", 1) == [0]
 
     def test_every_kind_of_cut_coords(self):
         def cuts(**options):
@@ -310,12 +357,28 @@ class TestImages:
             data[0, 0, :3] = np.nan, np.inf, -np.inf
         assert len(plotting.plot_stat_map(image(data), bg_img=None, display_mode="z").panels) > 0
 
+    @pytest.mark.parametrize(
+        ("value", "shade"), [(0.0, WHITE), (2.0, (103, 0, 31)), (-2.0, (5, 48, 97))]
+    )
+    def test_a_constant_map_has_one_colour(self, value, shade):
+        """The last of its sign, everywhere; a map of zeros is empty."""
+        img = image(np.full((5, 6, 7), value, np.float32), MM)
+        display = plotting.plot_stat_map(img, bg_img=None, **BARE)
+        assert [cut.at_mm for cut in display.panels] == [6, 6, 9]
+        assert [colors_in(display, cut) for cut in display.panels] == [{shade}] * 3
+
     @pytest.mark.parametrize("value", [0.0, 2.0, -2.0])
-    def test_constant_maps(self, value):
-        img = image(np.full((5, 6, 7), value, np.float32))
-        plotting.plot_stat_map(img, bg_img=None)
-        plotting.plot_prob_atlas(image(np.full((5, 6, 7, 2), value, np.float32)), bg_img=None)
-        plotting.plot_regions(image(np.zeros((5, 6, 7), np.uint8)), bg_img=None)
+    def test_a_constant_atlas_has_the_full_colour_of_its_last_volume(self, value):
+        img = image(np.full((5, 6, 7, 2), value, np.float32), MM)
+        display = plotting.plot_prob_atlas(img, bg_img=None, **BARE)
+        of_second = tuple(np.rint(255 * np.array(region_colors(2)[1][:3])).astype(int).tolist())
+        expected = {of_second if value else WHITE}
+        assert [colors_in(display, cut) for cut in display.panels] == [expected] * 3
+
+    def test_no_labels_draw_nothing(self):
+        none = image(np.zeros((5, 6, 7), np.uint8), MM)
+        display = plotting.plot_regions(none, bg_img=None, **BARE)
+        assert [colors_in(display, cut) for cut in display.panels] == [{WHITE}] * 3
 
     def test_lazy_regions_and_their_array_look_the_same(self):
         regions = gpuroi.extract_regions(head(), 4.0)
@@ -331,7 +394,7 @@ class TestImages:
 class TestColors:
     def test_neighbouring_regions_are_told_apart_by_everybody(self):
         """As seen with deuteranopia and protanopia (Vienot, Brettel and Mollon, 1999)."""
-        linear = np.array(region_colors(7))[:, :3] ** 2.2
+        linear = np.array(region_colors(N_COLORS + 1))[:, :3] ** 2.2
         for seen in (
             [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
             [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
@@ -340,9 +403,21 @@ class TestColors:
             distance = np.linalg.norm(colors[:-1] - colors[1:], axis=1)
             assert distance.min() > 0.15
 
+    def test_a_line_of_every_colour_is_seen_on_white_and_on_black(self):
+        """Contrast (WCAG 2.2): the quotient of the luminances, each plus 0.05."""
+        colors = np.array(region_colors(N_COLORS))[:, :3]
+        linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+        luminance = linear @ [0.2126, 0.7152, 0.0722]
+        assert (1.05 / (luminance + 0.05)).min() >= 1.6
+        assert ((luminance + 0.05) / 0.05).min() >= 1.6
+
+    def test_no_region_is_grey_as_the_anatomy_is(self):
+        colors = np.array(region_colors(N_COLORS))[:, :3]
+        assert np.ptp(colors, axis=1).min() > 0.15
+
     def test_as_many_regions_as_atlases_have_differ_in_colour(self):
-        assert len(set(region_colors(49))) == 49
-        assert region_colors(50)[49] == region_colors(1)[0]
+        assert len(set(region_colors(N_COLORS))) == N_COLORS == 49
+        assert region_color(N_COLORS + 1) == region_color(1)
         assert region_colors(3, "viridis")[0] == mpl.colormaps["viridis"](0.0)
 
     @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import gpuroi
 from gpuroi.datasets import make_stat_map
 from gpuroi.plotting import _backgrounds
 from gpuroi.plotting._colors import region_colors
+from gpuroi.plotting._cuts import cuts_along
 from gpuroi.plotting._planes import Volume
 from gpuroi.report import MOST_EMBEDDED, Report, _report, _scene
 from gpuroi.report._charts import histogram_of_counts, histogram_of_volumes
@@ -173,7 +174,7 @@ class TestPage:
         assert json.loads(text) == {"name": "</script><!--"}
 
     def test_no_regions(self, tmp_path):
-        page = written(tmp_path, found(two_regions(), 99.0))
+        page = written(tmp_path, found(two_regions(), 101.0))
         assert "0 regions of at least 0 mm³" in page
         assert "largest magnitude 6" in page
         assert "No regions were found." in page
@@ -329,7 +330,7 @@ class TestCohort:
     def test_overlap_is_the_sum_of_the_maps(self, tmp_path, monkeypatch):
         drawn = []
         monkeypatch.setattr(
-            _report, "draw_cuts", lambda counts, *_, **__: drawn.append(counts.copy()) or b""
+            _report, "draw_cuts", lambda counts, *_, **__: (drawn.append(counts.copy()) or b"", {1})
         )
         imgs = [make_stat_map(seed=seed, n_regions=6 + seed).img for seed in (0, 1, 2)]
         all_regions = [found(img, 5.0) for img in [*imgs, imgs[1]]]
@@ -380,7 +381,7 @@ class TestCohort:
         assert "The maps are on different grids" in page
 
     def test_no_regions_at_all(self, tmp_path):
-        page = written(tmp_path, *[found(two_regions(), 99.0)] * 2)
+        page = written(tmp_path, *[found(two_regions(), 101.0)] * 2)
         assert "No voxel is in a region of any map." in page
 
     def test_fifty_maps_are_a_page_below_five_megabytes(self, tmp_path):
@@ -402,7 +403,7 @@ class TestCohort:
         assert len(written(tmp_path, real).encode()) - sizes[0] < 100_000
 
     def test_of_more_the_slices_lie_beside_the_page(self, tmp_path):
-        regions, none = found(two_regions()), found(two_regions(), 99.0)
+        regions, none = found(two_regions()), found(two_regions(), 101.0)
         report = Report(tmp_path)
         for number in range(MOST_EMBEDDED + 2):
             add(report, none if number == 3 else regions, f"m{number}")
@@ -444,6 +445,18 @@ class TestCharts:
     def test_bars_are_as_high_as_counts(self):
         bars = heights(histogram_of_counts([4, 4, 4, 5, 7], "regions"))
         np.testing.assert_allclose(bars / bars.max(), [1, 1 / 3, 1 / 3], atol=1e-3)
+
+    @pytest.mark.parametrize(("counts", "n_bars"), [([7], 1), ([3, 3, 3], 1), ([4, 5], 2)])
+    def test_few_bars_are_no_slabs(self, counts, n_bars):
+        """Each is at most a sixth as wide as the axis, and above its number."""
+        svg = histogram_of_counts(counts, "regions")
+        start, end = map(float, re.search(r'<line x1="(\d+)" .* x2="(\d+)"', svg).groups())
+        bars = re.findall(r'<rect x="([\d.]+)"[^>]* width="([\d.]+)"', svg)
+        ticks = re.findall(r'<text x="([\d.]+)"[^>]*middle">\d+</text>', svg)
+        assert len(bars) == len(ticks) == n_bars
+        for (left, width), tick in zip(bars, ticks, strict=True):
+            assert 20 < float(width) <= (end - start) / 6
+            assert abs(float(left) + float(width) / 2 - float(tick)) < 0.2  # rounded
 
     @pytest.mark.parametrize("values", [[5], [0, 0], list(range(300)), [1, 10**6]])
     def test_every_count_is_in_a_bar(self, values):
@@ -580,7 +593,7 @@ class TestPictures:
         monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
         bounds = Volume(volume, affine).bounds_mm
         scene = _scene.Scene(bounds, None, is_shared=False)
-        picture = draw_cuts(volume, affine, scene, region_palette(1), numbered=True)
+        picture, _ = draw_cuts(volume, affine, scene, region_palette(1), numbered=True)
         return np.asarray(Image.open(io.BytesIO(picture)).convert("RGBA")), texts
 
     @pytest.mark.parametrize("name", AFFINES)
@@ -593,6 +606,63 @@ class TestPictures:
         assert len(rows) > 20
         assert columns[columns <= width + 20].mean() > width / 2
         assert rows.mean() < height / 2
+
+    def test_the_letters_of_two_cuts_are_no_pair(self, monkeypatch):
+        """Each side's letter is far nearer to its own cut's middle than to the next cut."""
+        spans = {"L": [], "R": []}
+        write = ImageDraw.ImageDraw.text
+
+        def record(draw, place, text, ink, font, **options):
+            if text in spans:
+                box = draw.textbbox(place, text, font, anchor=options.get("anchor"))
+                spans[text].append(box[::2])
+            write(draw, place, text, ink, font, **options)
+
+        monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
+        regions = found(make_stat_map(affine=MNI_3_MM, n_regions=12).img, 5.0)
+        scene = _scene.scene_of(Volume(regions.labels, regions.affine, is_labels=True), None)
+        picture, _ = draw_cuts(
+            regions.labels, regions.affine, scene, region_palette(12), numbered=True
+        )
+        lefts, rights = np.array(spans["L"]), np.array(spans["R"])
+        assert len(lefts) == len(rights) == 7
+        between_cuts = lefts[1:, 0] - rights[:-1, 1]
+        inside_cuts = rights[:, 0] - lefts[:, 1]
+        assert between_cuts.min() >= 36  # pixels, three times the height of a letter
+        assert inside_cuts.min() > 2 * between_cuts.max()
+        assert rights[-1, 1] < Image.open(io.BytesIO(picture)).width
+
+    def test_every_region_there_is_room_for_has_its_number(self, tmp_path):
+        """The small one is in none of seven cuts through as many voxels each."""
+        data = np.zeros((20, 20, 60), np.float32)
+        data[2:18, 2:18, 20:60] = 5
+        data[5:9, 5:9, 2:4] = -5
+        regions = found(image(data, MNI_3_MM))
+        labels = Volume(regions.labels != 0, regions.affine)
+        even = cuts_along(labels, "z", 7)
+        assert not any((labels.plane("z", mm).pixels.sum()) == 16 for mm in even)
+        scene = _scene.scene_of(Volume(regions.labels, regions.affine, is_labels=True), None)
+        _, numbered = draw_cuts(
+            regions.labels, regions.affine, scene, region_palette(2), numbered=True
+        )
+        assert numbered == {1, 2}
+        assert "Numbers are those of the table.</figcaption>" in written(tmp_path, regions)
+
+    @pytest.mark.parametrize(
+        ("n_regions", "said"),
+        [(7, "of the table."), (9, "; not numbered in these cuts: "), (40, " and 13 more.")],
+    )
+    def test_what_has_no_number_is_said(self, tmp_path, n_regions, said):
+        data = np.zeros((12, 12, 2 * n_regions), np.float32)
+        for k in range(n_regions):
+            data[3:8, 3:8, 2 * k] = 5
+        page = written(tmp_path, found(image(data, np.diag([3.0, 3, 1, 1]))))
+        caption = re.search(r"<figcaption>(.*?)</figcaption>", page)[1]
+        assert said in caption
+        if n_regions == 9:
+            left_out = caption.removesuffix(".").rsplit(": ")[1].split(", ")
+            assert len(left_out) == 2
+            assert set(left_out) < set(map(str, range(1, 10)))
 
     def test_a_label_has_the_colour_of_its_region(self, tmp_path):
         page = written(tmp_path, found(make_stat_map(affine=MNI_3_MM, n_regions=7).img, 5.0))

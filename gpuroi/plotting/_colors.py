@@ -18,8 +18,18 @@ from gpuroi.errors import shown
 # colour vision. In an order in which neighbours differ most.
 _SAFE = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#f0e442")
 
-# From the eighth region on they return lighter, then darker, and so on: mixed with white or black.
-_SHADES = ((0.0, 0.0), (1.0, 0.45), (0.0, 0.4), (1.0, 0.7), (0.0, 0.65), (1.0, 0.22), (0.0, 0.2))
+# From the eighth region on they return, in turn mixed with black and with white, so that neighbours
+# differ in lightness, too: these shares of it, each for two rounds of the palette.
+_SHARES = (0.5, 0.2, 0.35)
+
+#: Colours of regions before they repeat.
+N_COLORS = len(_SAFE) * (1 + 2 * len(_SHARES))
+
+# Relative luminance, of which white has 1: brighter lines, such as yellow ones, are lost on white.
+# At this one the contrast with white (WCAG 2.2) is 1.67; that of the darkest with black is 1.73.
+_BRIGHTEST = 0.58
+_LUMINANCE = (0.2126, 0.7152, 0.0722)
+_GAMMA = 2.2  # of sRGB, nearly
 
 #: Ends of a colour bar, in matplotlib's words.
 Ends = Literal["neither", "both", "min", "max"]
@@ -36,11 +46,16 @@ def region_colors(n: int, cmap: str | Colormap | None = None) -> list[tuple[floa
 
 
 def region_color(number: int) -> tuple[float, ...]:
-    """Return the safe colour of region `number`, from 1 on."""
-    round_, place = divmod(number - 1, len(_SAFE))
-    towards, share = _SHADES[round_ % len(_SHADES)]
-    pure = mpl.colors.to_rgb(_SAFE[place])
-    red, green, blue = (part + (towards - part) * share for part in pure)
+    """Return the safe colour of region `number`, from 1 on: one seen on white and on black."""
+    index = (number - 1) % N_COLORS
+    round_, place = divmod(index, len(_SAFE))
+    towards = index % 2  # black or white
+    share = _SHARES[(round_ - 1) // 2] if round_ else 0.0
+    color = np.array(mpl.colors.to_rgb(_SAFE[place]))
+    color += (towards - color) * share
+    luminance = float(color**_GAMMA @ _LUMINANCE)
+    color *= min(1.0, _BRIGHTEST / luminance) ** (1 / _GAMMA)
+    red, green, blue = color.tolist()
     return red, green, blue, 1.0
 
 

@@ -241,9 +241,10 @@ def plot_prob_atlas(
             plane = volume.plane(cut.direction, cut.at_mm)
             magnitude = Plane(np.abs(plane.pixels), plane.extent)
             if view_type == "continuous":
-                highest = vmax if vmax is not None else magnitudes.max(initial=0)
+                highest = max(vmax if vmax is not None else magnitudes.max(initial=0), level)
+                lowest = level if level < highest else 0.0  # one magnitude has the full colour
                 shades = LinearSegmentedColormap.from_list("shades", [(*color[:3], 0.15), color])
-                norm = Normalize(vmin if vmin is not None else level, max(highest, level))
+                norm = Normalize(vmin if vmin is not None else lowest, highest)
                 display.draw_picture(cut, magnitude, shades, norm, magnitude.pixels >= level)
             else:
                 filled = alpha if view_type == "filled_contours" else 0.0
@@ -287,7 +288,8 @@ def plot_regions(
     colorbar : bool
         Of the map where there is one, else of the labels.
     cut_coords : None, int, list or dict
-        As in `plot_stat_map`; by default through the middle of the largest region.
+        As in `plot_stat_map`; by default through the middle of the largest region, and of one
+        direction where as many regions as possible are seen.
     bg_img, output_file, display_mode, figure, axes, title, annotate, draw_cross, black_bg
         As in `plot_stat_map`.
     cmap, linewidths, radiological

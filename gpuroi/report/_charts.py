@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 _WIDTH, _HEIGHT = 460, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 18, 38
 
-_MOST_BINS = 24
+_LEAST_BINS, _MOST_BINS = 6, 24
 
 
 def histogram_of_counts(counts: Sequence[int], title: str) -> str:
@@ -30,7 +30,7 @@ def histogram_of_volumes(volumes_mm3: Sequence[float], title: str) -> str:
     low, high = float(logarithms.min()), float(logarithms.max())
     if high - low < 0.5:  # one size has an axis, too
         low, high = low - 0.25, high + 0.25
-    n_bins = min(_MOST_BINS, max(6, math.ceil(math.sqrt(logarithms.size)) * 2))
+    n_bins = min(_MOST_BINS, max(_LEAST_BINS, math.ceil(math.sqrt(logarithms.size)) * 2))
     edges = np.linspace(low, high * (1 + 1e-12) + 1e-12, n_bins + 1)
     steps = [(1, 0.0), (2, math.log10(2)), (5, math.log10(5))]
     if high - low > 3:
@@ -58,9 +58,19 @@ def _histogram(
     def x(value: float) -> float:
         return _LEFT + (value - float(edges[0])) / span * (_WIDTH - _LEFT - _RIGHT)
 
+    # One count alone would be a slab.
+    widest = (_WIDTH - _LEFT - _RIGHT) / _LEAST_BINS
+
+    def bar(left: float, right: float, height: int) -> str:
+        width = max(1.0, min(x(right) - x(left), widest) - 2)
+        tall = room * height / most
+        return (
+            f'<rect x="{(x(left) + x(right) - width) / 2:.1f}" y="{base - tall:.1f}" '
+            f'width="{width:.1f}" height="{tall:.1f}"/>'
+        )
+
     bars = [
-        f'<rect x="{x(left) + 1:.1f}" y="{base - room * height / most:.1f}" '
-        f'width="{max(1.0, x(right) - x(left) - 2):.1f}" height="{room * height / most:.1f}"/>'
+        bar(left, right, height)
         for left, right, height in zip(
             edges[:-1].tolist(), edges[1:].tolist(), heights.tolist(), strict=True
         )

@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from gpuroi.plotting._colors import N_COLORS
 from gpuroi.report._pictures import hex_color, region_palette, value_palette
 from gpuroi.result import COLUMNS
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 MOST_ROWS = 200
 
 _TALL = 14  # rows; longer tables scroll by themselves
-
-# Colours repeat after these.
-_N_COLORS = 49
 
 _HEADINGS = {
     "label": "label",
@@ -129,7 +127,7 @@ def _cell(name: str, value: Any) -> str:
         return "yes" if value else ""
     text = format(value, _FORMATS.get(name, ""))
     if name == "label":
-        return f'<i class="c{(value - 1) % _N_COLORS}"></i>{text}'
+        return f'<i class="c{(value - 1) % N_COLORS}"></i>{text}'
     return "0.0" if text == "-0.0" else text
 
 
@@ -252,7 +250,7 @@ def page(
     """Return the whole page; the policy in its head forbids other scripts, and all networks."""
     palette = "".join(
         f".c{k} {{ background: {hex_color(color)}; }}\n"
-        for k, color in enumerate(region_palette(_N_COLORS))
+        for k, color in enumerate(region_palette(N_COLORS))
     )
     style, script = _part("page.css") + palette, _part("page.js")
     beside = " 'self' file:" if has_files_beside else ""
@@ -261,7 +259,7 @@ def page(
         f"script-src '{_digest(script)}'{beside}"
     )
     colors = {
-        "colors": [hex_color(color) for color in region_palette(_N_COLORS)],
+        "colors": [hex_color(color) for color in region_palette(N_COLORS)],
         "shades": [hex_color(color) for color in value_palette()],
     }
     parts = {

@@ -23,9 +23,10 @@ from gpuroi.report._scene import Scene
 N_CUTS = 7
 
 # Pixels.
-_WIDTH = 1120
+_WIDTH = 1200
 _MOST_HEIGHT = 260
-_GAP = 8
+_GAP = 24  # with the insets wide enough that R and L of two cuts are no pair
+_INSET = 8  # of the letters
 _FOOT = 16
 _TEXT = 12
 
@@ -69,38 +70,42 @@ def draw_cuts(
     palette: NDArray[np.uint8],
     *,
     numbered: bool,
-) -> bytes:
-    """Return a PNG of up to seven cuts along z, where `volume` is not zero.
+) -> tuple[bytes, set[int]]:
+    """Return a PNG of up to seven cuts along z, and which labels are numbered in it.
 
     Parameters
     ----------
     volume : array of whole numbers (X, Y, Z)
         Labels or counts; k has colour k - 1 of `palette`.
     numbered : bool
-        Whether they are labels: regions are outlined and have their numbers.
+        Whether they are labels: regions are outlined and have their numbers, and the cuts lie where
+        as many as possible are seen.
     """
-    weights = (volume != 0).astype(np.uint8) if numbered else volume
-    cuts = cuts_along(Volume(weights, affine), "z", N_CUTS)
+    cuts = cuts_along(Volume(volume, affine, is_labels=numbered), "z", N_CUTS)
     width_mm, height_mm, _ = np.diff(scene.bounds_mm, axis=1).ravel()
     panel = (_WIDTH - (N_CUTS - 1) * _GAP) // N_CUTS
     scale = min(panel / width_mm, _MOST_HEIGHT / height_mm)
     width, height = max(1, round(width_mm * scale)), max(1, round(height_mm * scale))
+    inset = min(_INSET, width // 8)
     picture = Image.new(
         "RGBA", (len(cuts) * (width + _GAP) - _GAP, height + _FOOT), (128, 128, 128, 0)
     )
     draw = ImageDraw.Draw(picture)
+    written: set[int] = set()
     for place, at_mm in enumerate(cuts):
         left = place * (width + _GAP)
         mm = _places_mm(scene.bounds_mm, at_mm, width, height)
         front = _nearest(volume, affine, mm)
         pixels = _paint(front, _backdrop(scene, mm), palette, outlined=numbered)
         picture.paste(Image.fromarray(pixels), (left, 0))
-        for x, text in ((0, "L"), (width - _TEXT * 2 // 3, "R")):
-            draw.text((left + x, 0), text, _INK, _font())
+        for x, text, anchor in ((inset, "L", "la"), (width - inset, "R", "ra")):
+            draw.text((left + x, 0), text, _INK, _font(), anchor=anchor)
         text = f"z = {at_mm:.4g}".replace("-", "\N{MINUS SIGN}")
         draw.text((left, height + 1), text, _INK, _font())
         if numbered:
-            for label, (row, column, radius) in _places_of_numbers(front).items():
+            places = _places_of_numbers(front)
+            written |= set(places)
+            for label, (row, column, radius) in places.items():
                 row, column = _free_place(front, row, column, radius)
                 draw.text(
                     (left + column, row),
@@ -114,7 +119,7 @@ def draw_cuts(
     stream = io.BytesIO()
     few = picture.quantize(_COLORS_IN_FILE, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     few.save(stream, "png", compress_level=6)  # 9 is a tenth smaller, and takes ten times as long
-    return stream.getvalue()
+    return stream.getvalue(), written
 
 
 @cache

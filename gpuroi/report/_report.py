@@ -23,6 +23,9 @@ from gpuroi.result import Regions
 #: Maps whose slices are in the page; of more, all lie beside it.
 MOST_EMBEDDED = 50
 
+# Regions in a caption.
+_MOST_NAMED = 20
+
 _SUFFIX = "_desc-regions_dseg.nii.gz"
 
 # These are one map's; the rest of a provenance is the run's.
@@ -49,6 +52,7 @@ class _Views:
 
     sides: list[int]  # pixels
     first: int  # the region that is shown first
+    not_numbered: list[int]  # labels without a number in the picture
     picture: bytes = b""
     payload: dict[str, Any] | None = None
 
@@ -228,8 +232,9 @@ class Report:
             return '<p class="note">No voxel is in a region of any map.</p>'
         palette = count_palette(most)
         scene = scene_of(Volume(counts, affine), counts)
+        picture, _ = draw_cuts(counts, affine, scene, palette, numbered=False)
         return html.overlap_figure(
-            draw_cuts(counts, affine, scene, palette, numbered=False),
+            picture,
             [hex_color(color) for color in palette],
             len(self._maps),
             overlap_file,
@@ -246,8 +251,10 @@ def _below(folder: Path, path: Path) -> str:
 def _views(regions: Regions, first: int, values: NDArray[Any] | None) -> _Views:
     labels = regions.voxels.labels()  # not kept, as `regions.labels` would be
     scene = scene_of(Volume(labels, regions.affine, is_labels=True), values)
-    picture = draw_cuts(labels, regions.affine, scene, region_palette(len(regions)), numbered=True)
-    return _Views(scene.sides, first, picture, map_payload(regions, labels, scene))
+    palette = region_palette(len(regions))
+    picture, numbered = draw_cuts(labels, regions.affine, scene, palette, numbered=True)
+    others = [label for label in range(1, len(regions) + 1) if label not in numbered]
+    return _Views(scene.sides, first, others, picture, map_payload(regions, labels, scene))
 
 
 def _section(record: _MapRecord, *, away: bool) -> str:
@@ -258,19 +265,30 @@ def _section(record: _MapRecord, *, away: bool) -> str:
     figure = html.picture_figure(
         None if away else views.picture,
         f"Regions of {record.line.name} in cuts along z",
-        "Cuts along z, in mm; left is left. Numbers are those of the table.",
+        "Cuts along z, in mm; left is left. Numbers are those of the table"
+        f"{_without(views.not_numbered)}.",
     )
     content = figure + html.viewer(views.sides, away=away) + record.table + record.details
     return html.map_section(record.line, record.facts, content, views.first, away=away)
+
+
+def _without(labels: list[int]) -> str:
+    """Return what a caption says of `labels` that it has no number of."""
+    if not labels:
+        return ""
+    named = ", ".join(map(str, labels[:_MOST_NAMED]))
+    rest = len(labels) - _MOST_NAMED
+    return f"; not numbered in these cuts: {named}{f' and {rest} more' if rest > 0 else ''}"
 
 
 def _facts(regions: Regions) -> str:
     """Return what was asked of a map and found, as one line."""
     asked = regions.provenance["parameters"]
     reach = {"both": "|value| ≥ ", "positive": "value ≥ ", "negative": "value ≤ -"}[asked["tail"]]
+    threshold = str(asked["threshold"]).removesuffix(".0")
     return (
         f"{_counted(len(regions), 'region')} of at least {asked['min_region_size']:g} mm³ at "
-        f"{reach}{regions.cutoff:.6g} (threshold {asked['threshold']}); largest magnitude "
+        f"{reach}{regions.cutoff:.6g} (threshold {threshold}); largest magnitude "
         f"{regions.provenance['largest_magnitude']:.6g}"
     )
 
