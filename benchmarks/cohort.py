@@ -14,6 +14,7 @@ from joblib import Parallel, delayed
 from nilearn.image import threshold_img
 from nilearn.regions import connected_regions
 
+from gpuroi import extract_regions
 from gpuroi.cohort import extract_cohort
 
 PROCESSES = 2
@@ -28,6 +29,7 @@ class Cohort:
         self._folder = folder
         self.inputs = Path(tempfile.mkdtemp(prefix="maps", dir=folder))
         self._method = method
+        self._recipe = {"threshold": "97%", "min_region_size": 1500, "method": method}
         for number in range(n_maps):  # noise is slow to make: ten maps, again and again
             path = self.inputs / f"map-{number:05d}.nii.gz"
             if number < _DISTINCT:
@@ -39,8 +41,7 @@ class Cohort:
     def gpuroi(self) -> Path:
         """Write labels, tables and sidecars, the table of all maps and the overlap."""
         out = self._fresh("gpuroi")
-        recipe = {"threshold": "97%", "min_region_size": 1500, "method": self._method}
-        report = extract_cohort(self.inputs, out, recipe, jobs=PROCESSES, backend="cpu")
+        report = extract_cohort(self.inputs, out, self._recipe, jobs=PROCESSES, backend="cpu")
         assert report.n_done == len(self.paths)
         return out
 
@@ -55,6 +56,16 @@ class Cohort:
         """Decode every map and look at each voxel once."""
         with Parallel(n_jobs=PROCESSES) as pool:
             pool(delayed(_decode)(path) for path in self.paths)
+
+    def check(self, results: dict[str, Any]) -> None:
+        """Look at what has been written: a file a map, and the labels of a map alone."""
+        written = {path.name for path in results["nilearn, joblib"].iterdir()}
+        assert written <= {path.name for path in self.paths}  # none where there is no region
+        for path in self.paths[:_DISTINCT]:
+            stem = path.name.removesuffix(".nii.gz")
+            labels = nib.load(results["gpuroi"] / f"{stem}_desc-regions_dseg.nii.gz")
+            alone = extract_regions(path, **self._recipe, backend="cpu").labels
+            assert np.array_equal(np.asanyarray(labels.dataobj), alone)
 
     def _fresh(self, name: str) -> Path:
         return Path(tempfile.mkdtemp(prefix=name, dir=self._folder))

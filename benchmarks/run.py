@@ -93,6 +93,7 @@ def measure(comparison: Comparison, repeats: int | None = None) -> dict[str, Any
         "speed_up": {name: turn_by_turn(reference, name) for name in seconds},
         "targets": comparison.targets,
         "peak_bytes": peaks,
+        "most_bytes": comparison.most_bytes,
     }
     if comparison.floor is not None:
         floor, promised = comparison.floor
@@ -157,6 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
                 memory = "" if peak is None else f"  peak {peak / 2**20:8.1f} MiB"
                 print(f"  {name:26} {seconds * 1e3:10.3f} ms {speed_up:8.1f}x{memory}{promise}")
                 kept &= target is None or speed_up >= target
+            if record["most_bytes"] is not None:
+                print(f"  (promised: no more than {record['most_bytes'] / 2**20:.0f} MiB)")
+                kept &= max(record["peak_bytes"].values(), default=0) <= record["most_bytes"]
             for name, times in record.get("floor", {"times": {}})["times"].items():
                 floor = record["floor"]
                 print(f"  {name}: {times:.2f} times {floor['of']} (promised {floor['promised']})")

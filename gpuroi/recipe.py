@@ -105,6 +105,11 @@ def recipe_of(parameters: Mapping[str, Any]) -> Recipe:
     TypeError
         Also if there is no parameter of such a name.
     """
+    if not isinstance(parameters, Mapping):
+        raise TypeError(
+            f"recipe={shown(parameters)} is a {type(parameters).__name__}; pass a mapping such as "
+            "{'threshold': '97%'}."
+        )
     known = list(signature(make_recipe).parameters)
     for name in parameters:
         if name not in known:

@@ -532,6 +532,11 @@ class TestProgress:
                 "(out/.gpuroi), 1 h 2 min",
             ),
             (0, 0, 0, (), 0, 1, "There is no map for this shard."),
+            (
+                *(1, 0, 0, None, 0, 1),
+                "1 map: 1 done, 1 region, 1 s; the summaries wait until the other shards of these "
+                "maps have ended",
+            ),
         ],
     )
     def test_the_sentence_at_the_end(
@@ -540,15 +545,18 @@ class TestProgress:
         done = [self.ended(n, n_regions=1) for n in range(n_done + n_skipped)]
         failures = [self.ended(n, "failed") for n in range(n_failed)]
         cohort = CohortReport(
-            folder=Path.cwd() / "out",
+            folder=Path("out"),
+            parameters={},
             maps=tuple(done + failures),  # of which nothing but the number counts
             records=tuple(done + failures),
             n_done=n_done,
             n_skipped=n_skipped,
             failures=tuple(failures),
-            summary={name: Path.cwd() / "out" / f"{name}.tsv" for name in summary},
+            summary={}
+            if summary is None
+            else {name: Path.cwd() / "out" / f"{name}.tsv" for name in ("description", *summary)},
         )
-        assert _watch.outcome(cohort, Path("out"), seconds, n_warnings) == said
+        assert _watch.outcome(cohort, seconds, n_warnings) == said
 
     def test_lines_of_a_real_run(self, monkeypatch):
         monkeypatch.setattr(_watch, "_SECONDS_BETWEEN_LINES", 0)
@@ -767,7 +775,7 @@ class TestAgain:
         def unreadable(prefix, volume):
             raise OSError("stale file handle")
 
-        monkeypatch.setattr("gpuroi.saved.read_back", unreadable)
+        monkeypatch.setattr("gpuroi.cohort._results.read_back", unreadable)
         result = run("extract", write_map("m.nii"), *BOTH, "-o", "out")
         assert result.exit_code == 1
         assert complaints(result)[0] == [
@@ -1030,8 +1038,8 @@ class TestFailures:
             (["m.nii", "--mask", "."], "'--mask': .*'.' is a directory"),
             (["m.nii", "-o", "m.nii"], "'--output' / '-o': .*'m.nii' is a file"),
             (["m.nii", "-o", "m.nii/out"], r"Not a directory: '.*/m\.nii/out"),
-            (["m.nii", "a/m.nii.gz"], "m.nii and a/m.nii.gz would both write m_desc-regions_dseg"),
-            (["m.nii", "sub/../x/m.nii"], "would both write .* or extract them into separate"),
+            (["m.nii", "m.nii.gz"], "m.nii and m.nii.gz would both write m_desc-regions_dseg"),
+            (["m.nii", "m.nii.gz"], "leave one of them out, or extract them into separate folders"),
             (["x*.nii"], r"x\*\.nii: there is no map here"),
             (["@no.txt"], r"the list no\.txt cannot be read: No such file or directory"),
             (["m.nii", "--task", "rest"], r"no map has task-rest in its name"),

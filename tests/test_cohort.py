@@ -114,11 +114,55 @@ class TestDiscovery:
     def test_each_file_once(self, tree):
         assert self.stems(tree, tree / "b.nii", "tree") == ["a", "b", "sub/a"]
 
+    def test_maps_of_one_name_keep_the_folders_that_tell_them_apart(self, tree):
+        assert self.stems("tree/a.nii.gz", "tree/sub/a.nii.gz", "tree/b.nii") == ["a", "sub/a", "b"]
+        for name in ("sub-01/spm/T.nii", "sub-02/spm/T.nii", "sub-02/spm/F.nii"):
+            Path("glm", name).parent.mkdir(parents=True, exist_ok=True)
+            Path("glm", name).touch()
+        assert self.stems("glm/sub-*/spm/T.nii") == ["sub-01/spm/T", "sub-02/spm/T"]
+        Path("maps.txt").write_text("glm/sub-02/spm/T.nii\nglm/sub-02/spm/F.nii\n")
+        assert self.stems("@maps.txt") == ["T", "F"]
+        assert self.stems("@maps.txt", "glm/sub-01/spm/T.nii") == [
+            "sub-02/spm/T",
+            "sub-02/spm/F",
+            "sub-01/spm/T",
+        ]
+
+    def test_two_ways_to_a_file_are_one(self, tree):
+        (tree / "sub" / "up").symlink_to(tree)
+        (tree / "link.nii").symlink_to("b.nii")
+        assert self.stems("tree/b.nii", "tree/sub/up/b.nii") == ["b"]
+        assert self.stems("tree/b.nii", "tree/link.nii") == ["b", "link"]  # two names on purpose
+
     def test_two_maps_of_one_name_are_refused(self, tree):
+        (tree / "b.nii.gz").touch()
         with pytest.raises(
-            ValueError, match=r"would both write a_desc-regions_dseg\.nii\.gz; name the folder"
+            ValueError, match=r"both write b_desc-\S+; leave one of them out, or ext"
         ):
-            find_maps(["tree/a.nii.gz", "tree/sub/a.nii.gz"])
+            find_maps([tree])
+        (tree / "b.nii.gz").unlink()
+        (tree.parent / "other").mkdir()
+        (tree.parent / "other" / "b.nii").touch()
+        with pytest.raises(ValueError, match=r"would both write b_desc-\S+; extract them into sep"):
+            find_maps([tree, "other"])
+
+    def test_names_may_be_of_any_bytes_and_case(self, tree):
+        (tree / "b.nii").rename(tree / "b\udce9.NII")
+        assert self.stems(tree) == ["a", "b\udce9", "sub/a"]
+        Path("maps.txt").write_bytes(b"tree/b\xe9.NII\n")
+        assert self.stems("@maps.txt") == ["b\udce9"]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"shard": "1/2"}, r"shard='1/2' is not a pair of integers; pass \(3, 16\) for 3/16"),
+            ({"shard": (1, 2, 3)}, "is not a pair of integers"),
+            ({"entities": {"sub": [1]}}, "sub=1 is a int; pass labels as they are in file names"),
+        ],
+    )
+    def test_wrong_types_are_told(self, tree, options, message):
+        with pytest.raises(TypeError, match=message):
+            find_maps([tree], **options)
 
     @pytest.mark.parametrize("source", ["nothing-*.nii", "empty"])
     def test_what_names_nothing_is_told(self, tree, source):
@@ -629,8 +673,8 @@ class TestResuming:
         stems = ["x", "A/x", "B/x", "b_vol-0001"]
         assert labels() == {f"{stem}_desc-regions_dseg.nii.gz" for stem in stems}
         assert extract_cohort(tmp_path / "m", out, RECIPE, jobs=1).n_skipped == 4
-        assert written_names(out, "b") == {"b_vol-0001_desc-regions_dseg"}  # it could be
-        assert written_names(out, "b_vol-0001") == {"b_vol-0001_desc-regions_dseg"}
+        assert written_names(out, {"b"}) == {"b_vol-0001_desc-regions_dseg"}  # it could be
+        assert written_names(out, {"b_vol-0001"}) == {"b_vol-0001_desc-regions_dseg"}
 
         extract_cohort(tmp_path / "m" / "B", out, RECIPE, jobs=1)  # takes the place of m/x
         (tmp_path / "m" / "x.nii.gz").write_bytes(b"no map")

@@ -51,6 +51,7 @@ TO_BE_WRITTEN: set[str] = {
 #: Errors that the source can raise, and these callers cannot make it raise.
 UNREACHABLE = {
     ("Regions.files", ValueError),  # 2**31 regions in a volume
+    ("write_report", TypeError),  # of what is no path
     ("Report.add", ValueError),  # of a colour map that is never given
 }
 

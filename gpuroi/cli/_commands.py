@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -343,11 +344,11 @@ def extract(
             sources, output, recipe, client=client, on_progress=watch, **options
         )
     watch.tell_of_before(cohort)
-    output = output.expanduser()
-    results = Results(cohort, output, screen, errors)
+    cohort = replace(cohort, folder=output.expanduser())  # as it was typed
+    results = Results(cohort, screen, errors)
     results.show()
-    results.write_report(recipe, asked=False if shard is not None else report)
-    said = outcome(cohort, output, time.monotonic() - since, watch.n_warnings)
+    results.write_report(asked=False if shard is not None else report)
+    said = outcome(cohort, time.monotonic() - since, watch.n_warnings)
     errors.print(said, soft_wrap=True)
     if cohort.failures or not results.are_shown:
         raise typer.Exit(1)

@@ -2,30 +2,27 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gpuroi.words import cutoff_of, smallest_region, threshold_asked, what_was_found
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from rich.console import Console
 
     from gpuroi.cohort import CohortReport
-    from gpuroi.recipe import Recipe
     from gpuroi.result import Regions
     from gpuroi.types import Provenance
 
-# Of more maps, a person no longer reads the tables that scroll past,
+# Of how many maps the tables are shown, and of how many a line each; there is a report of as many
+# unless one is asked for.
 _MOST_TABLES = 8
-# nor a line each; and there is a report only when it is asked for.
-_MOST_SHOWN = 50
+_MOST_LINES = 50
 
-# More rows than these, a person no longer reads.
+# How many rows of a table are shown.
 _MOST_ROWS = 40
 
-# In which a table fits.
+# Columns of a terminal that a table needs.
 _WIDTH = 80
 
 
@@ -49,11 +46,8 @@ class Results:
     Whatever goes wrong with that is said, and costs nothing else: the results are complete.
     """
 
-    def __init__(
-        self, cohort: "CohortReport", folder: Path, screen: "Console", errors: "Console"
-    ) -> None:
+    def __init__(self, cohort: "CohortReport", screen: "Console", errors: "Console") -> None:
         self._cohort = cohort
-        self._folder = folder  # as the user names it
         self._screen, self._errors = screen, errors
         self._n_maps = max(
             len(cohort.maps), sum(record.n_volumes for record in cohort.records)
@@ -62,54 +56,30 @@ class Results:
 
     def show(self) -> None:
         """Print a table for each of few maps, a line for each of some, nothing of many."""
+        from gpuroi.cohort._results import done_maps, labels_path, read_results
         from gpuroi.saved import provenance_of
 
         with self._kept_apart("tables cannot be shown"):
             if self._n_maps <= _MOST_TABLES:
-                for prefix, regions, _ in self._read_back():
-                    _show_line(self._screen, regions.provenance, _labels(prefix))
+                for prefix, regions, _ in read_results(self._cohort):
+                    _show_line(self._screen, regions.provenance, labels_path(prefix))
                     if len(regions):
-                        _show_table(self._screen, regions, _labels(prefix))
-            elif self._n_maps <= _MOST_SHOWN:
-                for one in self._done():
-                    for prefix in one.prefixes:
-                        _show_line(self._screen, provenance_of(prefix), _labels(prefix))
+                        _show_table(self._screen, regions, labels_path(prefix))
+            elif self._n_maps <= _MOST_LINES:
+                for _, prefixes in done_maps(self._cohort):
+                    for prefix in prefixes:
+                        _show_line(self._screen, provenance_of(prefix), labels_path(prefix))
 
-    def write_report(self, recipe: "Recipe", *, asked: bool | None) -> None:
+    def write_report(self, *, asked: bool | None) -> None:
         """Write the page if it is asked for, or nothing is and there are few maps; say where."""
-        if asked is None and self._n_maps > _MOST_SHOWN:
-            self._screen.print(f"More than {_MOST_SHOWN} maps: --report writes a report, too.")
+        from gpuroi.cohort import write_report
+
+        if asked is None and self._n_maps > _MOST_LINES:
+            self._screen.print(f"More than {_MOST_LINES} maps: --report writes a report, too.")
         elif asked or asked is None:
             with self._kept_apart("report could not be written"):
-                from gpuroi.report import Report
-
-                report = Report(self._folder, recipe.describe())
-                for one, record in zip(self._cohort.maps, self._cohort.records, strict=True):
-                    if record.status == "failed":
-                        report.fail(one.path, record.message)
-                for prefix, regions, values in self._read_back():
-                    report.add(regions, _labels(prefix), values)
-                overlap = self._cohort.summary.get("overlap")
-                path = report.write(None if overlap is None else overlap.name)
+                path = write_report(self._cohort)
                 self._screen.print(f"The report is {path}", soft_wrap=True)
-
-    def _read_back(self) -> Iterator[tuple[Path, "Regions", "NDArray[Any]"]]:
-        """Yield what each volume's outputs begin with, its regions, and its voxels."""
-        from gpuroi import io
-        from gpuroi.saved import read_back
-
-        for one in self._done():
-            for prefix, volume in zip(one.prefixes, io.read_maps(one.path), strict=True):
-                yield prefix, read_back(prefix, volume), volume.data
-
-    def _done(self) -> Iterator["_Done"]:
-        """Yield the maps that did not fail, in the order of the inputs."""
-        from gpuroi.cohort._outputs import output_names
-
-        for one, record in zip(self._cohort.maps, self._cohort.records, strict=True):
-            names = output_names(record.stem, record.n_volumes)
-            if record.status == "done":
-                yield _Done(one.path, [self._folder / name for name in names])
 
     @contextmanager
     def _kept_apart(self, what: str) -> Iterator[None]:
@@ -121,18 +91,6 @@ class Results:
             reason = str(error) or type(error).__name__
             message = f"the {what} ({reason}); the results are complete."
             say(self._errors, "error", message, "bold red")
-
-
-@dataclass(frozen=True)
-class _Done:
-    """A map, and what the outputs of each of its volumes begin with."""
-
-    path: str
-    prefixes: list[Path]
-
-
-def _labels(prefix: Path) -> Path:
-    return prefix.with_name(f"{prefix.name}.nii.gz")
 
 
 def _show_line(screen: "Console", provenance: "Provenance", path: Path) -> None:

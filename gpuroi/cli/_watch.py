@@ -135,7 +135,7 @@ class Watch:
             say(self._console, word, "one more; from here on they are only counted.", style)
 
 
-def outcome(cohort: "CohortReport", folder: Path, seconds: float, n_warnings: int) -> str:
+def outcome(cohort: "CohortReport", seconds: float, n_warnings: int) -> str:
     """Return what became of all maps, and where the files about them are, as one sentence."""
     if not cohort.maps:
         return "There is no map for this shard."
@@ -145,18 +145,21 @@ def outcome(cohort: "CohortReport", folder: Path, seconds: float, n_warnings: in
         before = f" ({'all' if n_skipped == n_done else f'{n_skipped:,}'} of them before)"
     parts = [f"{n_done:,} done{before}"]
     if cohort.failures:
-        parts.append(f"{len(cohort.failures):,} failed{_in_file(cohort, 'failures', folder)}")
+        parts.append(f"{len(cohort.failures):,} failed{_in_file(cohort, 'failures')}")
     n_regions = sum(record.n_regions for record in cohort.records)
-    parts.append(f"{counted(n_regions, 'region')}{_in_file(cohort, 'regions', folder)}")
+    parts.append(f"{counted(n_regions, 'region')}{_in_file(cohort, 'regions')}")
     if n_warnings > _MOST_TOLD:
-        parts.append(f"{n_warnings:,} warnings ({folder / '.gpuroi'})")
+        parts.append(f"{n_warnings:,} warnings ({cohort.folder / '.gpuroi'})")
     parts.append(duration(seconds))
-    return f"{counted(len(cohort.maps), 'map')}: {', '.join(parts)}"
+    said = f"{counted(len(cohort.maps), 'map')}: {', '.join(parts)}"
+    if not cohort.summary:
+        said += "; the summaries wait until the other shards of these maps have ended"
+    return said
 
 
-def _in_file(cohort: "CohortReport", kind: str, folder: Path) -> str:
+def _in_file(cohort: "CohortReport", kind: str) -> str:
     path = cohort.summary.get(kind)
-    return "" if path is None else f" ({folder / path.name})"
+    return "" if path is None else f" ({cohort.folder / path.name})"
 
 
 def duration(seconds: float) -> str:

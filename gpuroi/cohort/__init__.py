@@ -6,6 +6,15 @@ that was stopped, or met a damaged file, goes on where it was.
 
 from gpuroi.cohort._discover import MapFile, find_maps
 from gpuroi.cohort._ledger import Record
+from gpuroi.cohort._results import write_report
 from gpuroi.cohort._run import CohortReport, Progress, extract_cohort
 
-__all__ = ["CohortReport", "MapFile", "Progress", "Record", "extract_cohort", "find_maps"]
+__all__ = [
+    "CohortReport",
+    "MapFile",
+    "Progress",
+    "Record",
+    "extract_cohort",
+    "find_maps",
+    "write_report",
+]

@@ -4,8 +4,9 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ _IN_FOLDERS = (".nii", ".nii.gz")
 #: A folder with this file is a BIDS dataset.
 DESCRIPTION = "dataset_description.json"
 
-_SUMMARIES = (DESCRIPTION, "overlap.nii.gz", "regions.tsv", "failures.tsv", "report.html")
+# Removed when a run begins, as they are not of what will be there.
+_ABOUT_ALL = ("overlap.nii.gz", "regions.tsv", "failures.tsv")
+_SUMMARIES = (*_ABOUT_ALL, DESCRIPTION, "report.html")
 
 #: Suffixes of BIDS derivatives that are statistical maps.
 MAP_SUFFIXES = ("statmap", "tmap", "zmap", "effect", "stat")
@@ -60,7 +63,9 @@ def find_maps(
         Files; folders, with all NIfTI files below them; patterns such as ``"sub-*/*_tmap.nii.gz"``;
         lists, ``"@maps.txt"`` with a path a line. A folder with a ``dataset_description.json`` is a
         BIDS dataset, of which the statistical maps are taken: files that end in ``_statmap``,
-        ``_tmap``, ``_zmap``, ``_effect`` or ``_stat``.
+        ``_tmap``, ``_zmap``, ``_effect`` or ``_stat``. Maps found in a folder keep the folders
+        below it in their stems; the others do if two are called the same, below the folder that
+        they all are in.
     entities : mapping, optional
         Values that a BIDS entity may have, such as ``{"sub": ["01", "02"], "contrast": "go"}``;
         files without the entity are left out. Names are parsed by nilearn.
@@ -78,6 +83,8 @@ def find_maps(
     ------
     ValueError
         If nothing is found, a folder does not exist, or two maps would write to the same place.
+    TypeError
+        If `shard` is no pair of integers, or a label no string.
     MissingExtraError
         If BIDS entities are to be read, and nilearn is not installed.
 
@@ -91,11 +98,13 @@ def find_maps(
     wanted = _wanted(entities or {})
     has_entities = _entity_filter(wanted)
     found: dict[str, MapFile] = {}
+    in_folders: set[str] = set()
     for source in inputs:
-        named = 0
-        for one in _named_by(os.fspath(source)):
-            named += 1
+        named = list(_named_by(os.fspath(source)))
+        for one, is_in_folder in named:
             if has_entities(one.source):
+                if is_in_folder and one.source not in found:
+                    in_folders.add(one.source)
                 found.setdefault(one.source, one)
         if not named:
             raise ValueError(
@@ -107,7 +116,7 @@ def find_maps(
     if not found:
         asked = ", ".join(f"{key}-{'|'.join(values)}" for key, values in wanted.items())
         raise ValueError(f"no map has {asked} in its name.")
-    maps = list(found.values())
+    maps = _told_apart(list(found.values()), in_folders)
     _refuse_collisions(maps)
     return part_of(maps, shard=shard, limit=limit)
 
@@ -118,11 +127,14 @@ def part_of(
     """Return the maps of a shard, no more than `limit`; see `find_maps`."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit!r} leaves nothing to do; pass a number of maps >= 1.")
-    first, step = (0, 1) if shard is None else (_first_of_shard(*shard), shard[1])
+    first, step = (0, 1) if shard is None else (_first_of_shard(shard), shard[1])
     return maps[first::step][:limit]
 
 
-def _first_of_shard(number: int, n_shards: int) -> int:
+def _first_of_shard(shard: tuple[int, int]) -> int:
+    if isinstance(shard, str) or [type(part) for part in shard] != [int, int]:
+        raise TypeError(f"shard={shard!r} is not a pair of integers; pass (3, 16) for 3/16.")
+    number, n_shards = shard
     if not 1 <= number <= n_shards:
         raise ValueError(
             f"shard {number}/{n_shards} does not exist; pass 1/{max(1, n_shards)} and on."
@@ -130,19 +142,20 @@ def _first_of_shard(number: int, n_shards: int) -> int:
     return number - 1
 
 
-def _named_by(source: str) -> Iterator[MapFile]:
+def _named_by(source: str) -> Iterator[tuple[MapFile, bool]]:
+    """Yield the maps that `source` names, and whether they were found in a folder."""
     if source.startswith("@"):
         yield from _listed(source[1:])
         return
     path = os.path.expanduser(source)
-    if os.path.isdir(path) and not source.endswith(_IN_FOLDERS):
-        yield from _in_folder(path)
+    if os.path.isdir(path) and not source.lower().endswith(_IN_FOLDERS):
+        yield from ((one, True) for one in _in_folder(path))
     elif glob.has_magic(source) and not os.path.exists(path):
         for match in sorted(glob.glob(path, recursive=True)):
             if not _is_output(*os.path.split(match)):
                 yield from _named_by(match)
     elif os.path.exists(path) or _EXTENSION.search(path):
-        yield _one_file(path)  # if it is missing, this is found when its turn comes
+        yield _one_file(path), False  # if it is missing, this is found when its turn comes
     else:
         raise ValueError(f"{source}: there is no such file or folder.")
 
@@ -152,12 +165,39 @@ def _one_file(path: str) -> MapFile:
     return MapFile(path, source, stem_of(source))
 
 
-def _listed(path: str) -> Iterator[MapFile]:
+def _told_apart(maps: list[MapFile], in_folders: Set[str]) -> list[MapFile]:
+    """Return `maps` with stems that tell apart those that were not found `in_folders`.
+
+    In the layouts of SPM and FSL, the folder alone says whose ``spmT_0001.nii`` it is.
+    """
+    named = [one for one in maps if one.source not in in_folders]
+    if len({one.stem for one in named}) == len(named):
+        return maps
+    first_of: dict[tuple[str, str], MapFile] = {}
+    for one in named:
+        first_of.setdefault((one.stem, os.path.realpath(one.source)), one)
+    again = set(named) - set(first_of.values())  # by another way to the same file
+    maps = [one for one in maps if one not in again]
+    if len({stem for stem, _ in first_of}) == len(first_of):
+        return maps
+    top = common_folder([os.path.dirname(one.source) for one in first_of.values()])
+    named_once = set(first_of.values())
+    return [_below(top, one) if one in named_once else one for one in maps]
+
+
+def _below(top: str, one: MapFile) -> MapFile:
+    """Return `one` with the folders below `top` in its stem."""
+    inside = os.path.relpath(os.path.dirname(one.source), top).replace(os.sep, "/")
+    return one if inside == "." else replace(one, stem=f"{inside}/{one.stem}")
+
+
+def _listed(path: str) -> Iterator[tuple[MapFile, bool]]:
     try:
-        lines = Path(path).expanduser().read_text("utf-8-sig").splitlines()
+        content = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise ValueError(f"the list {path} cannot be read: {error.strerror}.") from error
-    for line in lines:
+    # File names may have any bytes.
+    for line in content.decode("utf-8-sig", "surrogateescape").splitlines():
         entry = line.strip()
         if entry.startswith("@"):
             raise ValueError(f"{path}: {entry} is a list in a list; name its maps, or both lists.")
@@ -165,7 +205,9 @@ def _listed(path: str) -> Iterator[MapFile]:
             # Among many lines, one that names nothing is a map that fails, whatever it looks like.
             path = os.path.expanduser(entry)
             is_something = os.path.exists(path) or glob.has_magic(entry)
-            yield from (list(_named_by(entry)) if is_something else []) or [_one_file(path)]
+            yield from (list(_named_by(entry)) if is_something else []) or [
+                (_one_file(path), False)
+            ]
 
 
 def _in_folder(folder: str) -> Iterator[MapFile]:
@@ -184,8 +226,10 @@ def _in_folder(folder: str) -> Iterator[MapFile]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = os.path.relpath(parent, folder).replace(os.sep, "/")
         # A folder may be called like a file: it is a failure to tell, not a place to look in.
-        for name in sorted([*names, *(name for name in folders if name.endswith(_IN_FOLDERS))]):
-            if name.startswith(".") or not name.endswith(_IN_FOLDERS):
+        for name in sorted(
+            [*names, *(name for name in folders if name.lower().endswith(_IN_FOLDERS))]
+        ):
+            if name.startswith(".") or not name.lower().endswith(_IN_FOLDERS):
                 continue
             if _is_output(parent, name):
                 continue
@@ -193,7 +237,7 @@ def _in_folder(folder: str) -> Iterator[MapFile]:
                 path = os.path.join(parent, name)
                 stem = stem_of(name) if inside == "." else f"{inside}/{stem_of(name)}"
                 yield MapFile(path, os.path.abspath(path), stem)
-        folders[:] = [name for name in folders if not name.endswith(_IN_FOLDERS)]
+        folders[:] = [name for name in folders if not name.lower().endswith(_IN_FOLDERS)]
 
 
 def _refuse(error: OSError) -> None:
@@ -203,11 +247,42 @@ def _refuse(error: OSError) -> None:
     ) from error
 
 
+def refuse_to_replace(folder: Path, maps: list[MapFile]) -> None:
+    """Raise `ValueError` if a map lies where an output goes, or somebody else's file does."""
+    root = os.path.realpath(folder)
+    real = cache(os.path.realpath)  # of folders, which hold many maps each
+    stems = {one.stem for one in maps}
+    for one in maps:
+        parent, name = os.path.split(one.source)
+        if not f"{real(parent)}{os.sep}".startswith(f"{root}{os.sep}"):
+            continue
+        inside = os.path.relpath(real(parent), root).replace(os.sep, "/")
+        prefix = "" if inside == "." else f"{inside}/"
+        is_summary = not prefix and name in _SUMMARIES
+        if is_summary or not stems.isdisjoint(prefix + stem for stem in stems_of_output(name)):
+            raise ValueError(f"{one.path} would be replaced by an output; write to another folder.")
+    if not (folder / LEDGER_FOLDER).is_dir():
+        for name in _ABOUT_ALL:
+            if (folder / name).exists():
+                raise ValueError(
+                    f"{folder / name} is there already, and not of gpuroi, which has no "
+                    f"{LEDGER_FOLDER} there; move it away, or write to another folder."
+                )
+
+
 def _is_output(folder: str, name: str) -> bool:
     """Return whether a file is an output of gpuroi."""
     return bool(stems_of_output(name)) or (
         name in _SUMMARIES and os.path.isdir(os.path.join(folder, LEDGER_FOLDER))
     )
+
+
+def common_folder(folders: Sequence[str]) -> str:
+    """Return the folder that all `folders` are in."""
+    try:
+        return os.path.commonpath(folders)
+    except ValueError:  # on several drives
+        return min(folders)
 
 
 def is_dataset(folder: str | os.PathLike[str]) -> bool:
@@ -239,6 +314,13 @@ def _wanted(entities: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]
         key: [values] if isinstance(values, str) else list(values)
         for key, values in entities.items()
     }
+    for key, values in as_lists.items():
+        for value in values:
+            if not isinstance(value, str):
+                raise TypeError(
+                    f"entities: {key}={value!r} is a {type(value).__name__}; pass labels as they "
+                    "are in file names, such as '01'."
+                )
     return {
         key: [value.removeprefix(f"{key}-") for value in values]
         for key, values in as_lists.items()
@@ -277,10 +359,11 @@ def _refuse_collisions(maps: list[MapFile]) -> None:
     by_stem: dict[str, str] = {}
     for one in maps:
         if one.stem in by_stem:
+            both = os.path.dirname(by_stem[one.stem]) == os.path.dirname(one.path)
+            hint = "leave one of them out, or " if both else ""
             raise ValueError(
                 f"{by_stem[one.stem]} and {one.path} would both write "
-                f"{one.stem}_desc-regions_dseg.nii.gz; name the folder above them instead, or "
-                "extract them into separate folders."
+                f"{one.stem}_desc-regions_dseg.nii.gz; {hint}extract them into separate folders."
             )
         by_stem[one.stem] = one.path
     for stem, path in by_stem.items():

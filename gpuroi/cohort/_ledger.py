@@ -104,6 +104,7 @@ class Ledger:
         self._lock = _lock(self._path)
         self._reserve = self._path.with_suffix(".reserve")
         self._stream: IO[bytes] | None = None
+        self._latest_ns = 0
         self.records: dict[str, Record] = {}
         self.owners: dict[str, Record] = {}
 
@@ -128,7 +129,8 @@ class Ledger:
         return self
 
     def _open(self) -> None:
-        _ended(self._path).unlink(missing_ok=True)
+        with self._summing_up():  # the outputs of this shard are not to change meanwhile
+            _ended(self._path).unlink(missing_ok=True)
         self._reserve.write_bytes(bytes(_RESERVED_BYTES))
         self._stream = self._path.open("ab", buffering=0)
         if self._stream.tell():
@@ -146,7 +148,8 @@ class Ledger:
 
     def add(self, record: Record) -> None:
         """Append `record`, whole or not at all."""
-        record = replace(record, written_ns=time.time_ns())
+        # Clocks of other machines, which other shards ran on, may be ahead.
+        record = replace(record, written_ns=max(time.time_ns(), self._latest_ns + 1))
         fields = {name: getattr(record, name) for name in _FIELDS}
         line = json.dumps(fields).encode() + b"\n"
         try:
@@ -178,6 +181,7 @@ class Ledger:
                     self._take(record)
 
     def _take(self, record: Record) -> None:
+        self._latest_ns = max(self._latest_ns, record.written_ns)
         self.records[record.source] = record
         owner = self.owners.get(record.stem)
         is_newer = owner is None or owner.written_ns <= record.written_ns
@@ -193,12 +197,15 @@ class Ledger:
         This one has ended for the others from here on, so that of two that end together, the second
         to come here sees the first ended.
         """
-        with FileLock(self._path.with_name("summary.lock")):
+        with self._summing_up():
             _ended(self._path).write_text(work)
             is_last = all(_has_ended(path, work) for path in self._kin())
             if is_last:
                 self.read()
             yield is_last
+
+    def _summing_up(self) -> FileLock:
+        return FileLock(self._path.with_name("summary.lock"))
 
     def _kin(self) -> list[Path]:
         """Return the ledgers of all shards, this one's included."""

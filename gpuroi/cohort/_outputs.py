@@ -1,9 +1,9 @@
 """The files of a map: their names, and whether they are as they were written."""
 
-import glob
+import contextlib
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
 from gpuroi import io
@@ -13,6 +13,7 @@ from gpuroi.result import Regions
 EXTENSIONS = (".nii.gz", ".tsv", ".json")
 _ENDING = "_desc-regions_dseg"
 _ANY_EXTENSION = "|".join(map(re.escape, EXTENSIONS))
+_WITHOUT_EXTENSION = re.compile(rf"({_ANY_EXTENSION})$")
 _NAME = re.compile(rf"(?P<stem>.+?)(_vol-\d{{4,}})?{_ENDING}({_ANY_EXTENSION})", re.DOTALL)
 
 
@@ -88,19 +89,44 @@ def remove_outputs(folder: Path, names: Iterable[str]) -> None:
     """Remove the files of volumes whose outputs are called `names`."""
     for name in names:
         for extension in EXTENSIONS:
-            (folder / f"{name}{extension}").unlink(missing_ok=True)
+            # What cannot be removed is found in the way when it is to be written.
+            with contextlib.suppress(OSError):
+                (folder / f"{name}{extension}").unlink(missing_ok=True)
 
 
-def written_names(folder: Path, stem: str) -> set[str]:
-    """Return how the outputs are called that are there of a map, however many of its volumes."""
-    below, _, name = stem.rpartition("/")
-    of_stem = re.compile(
-        rf"{re.escape(name)}(_vol-\d{{4,}})?{_ENDING}(?P<extension>{_ANY_EXTENSION})"
-    )
-    found = (folder / below).glob(f"{glob.escape(name)}*{_ENDING}.*")
-    prefix = f"{below}/" if below else ""
-    matches = (of_stem.fullmatch(path.name) for path in found)
-    return {prefix + match.string[: match.start("extension")] for match in matches if match}
+def written_names(folder: Path, stems: Set[str]) -> set[str]:
+    """Return how the outputs are called that are there of maps, however many volumes they have.
+
+    A volume ``a_vol-0001`` of ``a`` counts for both stems.
+    """
+    names = set()
+    for below, inside in _by_folder(stems).items():
+        for found in _listing(folder / below):
+            if not inside.isdisjoint(stems_of_output(found)):
+                names.add(f"{below}/{found}".removeprefix("/"))
+    return {_WITHOUT_EXTENSION.sub("", name) for name in names}
+
+
+def remove_temporaries(folder: Path, stems: Set[str]) -> None:
+    """Remove what processes that were killed have left of these maps: other shards have theirs."""
+    for below, names in _by_folder(stems).items():
+        for found in _listing(folder / below):
+            match = io.TEMPORARY.fullmatch(found)
+            if match and not names.isdisjoint(stems_of_output(match["name"])):
+                (folder / below / found).unlink(missing_ok=True)
+
+
+def _by_folder(stems: Set[str]) -> dict[str, set[str]]:
+    """Return the names of `stems` by the folders that they are in."""
+    names: dict[str, set[str]] = {}
+    for stem in stems:
+        below, _, name = stem.rpartition("/")
+        names.setdefault(below, set()).add(name)
+    return names
+
+
+def _listing(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def is_whole(folder: Path, record: Record) -> bool:

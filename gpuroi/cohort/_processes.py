@@ -7,8 +7,10 @@ was working on, and nothing else.
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +32,9 @@ _MOST_SECONDS_TO_END = 20
 
 # A process that dies before it can begin would die again.
 _MOST_EARLY_DEATHS = 3
+
+
+_starting = threading.Lock()
 
 
 @dataclass
@@ -169,14 +174,42 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
     begins everything again if it has no ``if __name__ == "__main__":``. None of it is needed here,
     and without a file the main module is left alone.
     """
-    process: Any = CONTEXT.Process(target=target, args=arguments, daemon=True)
-    main_module = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        process.start()
-    finally:
-        sys.modules["__main__"] = main_module
+    process: Any = CONTEXT.Process(target=_in_process, args=(target, *arguments), daemon=True)
+    with _starting, _without_interrupts():
+        main_module = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            process.start()
+        finally:
+            sys.modules["__main__"] = main_module
     return process
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back, also from the process in the making, which would show a traceback."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _in_process(target: Callable[..., None], *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    target(*arguments)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has: the next run is not to find it still writing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def how_it_ended(process: Any) -> str:
@@ -192,7 +225,6 @@ def how_it_ended(process: Any) -> str:
 def _serve(
     connection: Connection, make_tools: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     with contextlib.suppress(EOFError, OSError):  # the parent has gone
         tools = make_tools(*arguments)
         connection.send("ready")

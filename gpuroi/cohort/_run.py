@@ -15,18 +15,17 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 
-from gpuroi import io
 from gpuroi.backends import Backend, environments, get_backend
 from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._consumer import Consumer
-from gpuroi.cohort._discover import MapFile, find_maps, part_of
+from gpuroi.cohort._discover import MapFile, find_maps, part_of, refuse_to_replace
 from gpuroi.cohort._engines import Engine, ThisProcess, each_outcome
 from gpuroi.cohort._ledger import Ledger, Record, disk_errors
 from gpuroi.cohort._outputs import (
     map_name,
     output_names,
     remove_outputs,
-    stems_of_output,
+    remove_temporaries,
     written_names,
 )
 from gpuroi.cohort._processes import Processes
@@ -80,6 +79,8 @@ class CohortReport:
     ----------
     folder : Path
         Of the outputs.
+    parameters : dict
+        Of the extraction, as in the provenance.
     maps : tuple of MapFile
         In the order of the inputs.
     records : tuple of Record
@@ -94,6 +95,7 @@ class CohortReport:
     """
 
     folder: Path
+    parameters: dict[str, Any]
     maps: tuple[MapFile, ...]
     records: tuple[Record, ...]
     n_done: int
@@ -166,7 +168,8 @@ def extract_cohort(
     Raises
     ------
     ValueError, TypeError
-        If nothing is found, two maps would write to one place, or a parameter is wrong.
+        If nothing is found, two maps would write to one place, a map or a file of somebody else
+        would be replaced, or a parameter is wrong.
     FolderInUseError
         If another run writes to `out_dir`.
     DeviceLostError
@@ -197,7 +200,7 @@ def extract_cohort(
     """
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
-    chosen = recipe if isinstance(recipe, Recipe) else recipe_of(recipe or {})
+    chosen = recipe if isinstance(recipe, Recipe) else recipe_of({} if recipe is None else recipe)
     if on_gpu_error not in ("stop", "cpu"):
         raise ValueError(f"on_gpu_error={on_gpu_error!r} is neither 'stop' nor 'cpu'.")
     n_jobs = _at_least_one("jobs", jobs) or _n_cores()
@@ -208,6 +211,8 @@ def extract_cohort(
         everything = [replace(one, path=one.source) for one in everything]
     maps = part_of(everything, shard=shard, limit=limit)
     shards = [shard] if shard is None else [(i, shard[1]) for i in range(1, shard[1] + 1)]
+    cohort = list(chain.from_iterable(part_of(everything, shard=i, limit=limit) for i in shards))
+    refuse_to_replace(folder, everything)
     job = Job(
         folder,
         chosen,
@@ -216,31 +221,26 @@ def extract_cohort(
         on_gpu_error == "cpu",
     )
     with disk_errors(folder), Ledger(folder, shard) as ledger:
+        run = _Run(job, ledger, everything, on_progress or (lambda progress: None))
         try:
-            _remove_temporaries(folder, maps)
             with ExitStack() as stack:
                 engine, unit_size = _engine(stack, job, maps, n_jobs, batch_size, client)
-                run = _Run(job, engine, on_progress or (lambda progress: None))
-                todo = run.to_do(maps, ledger, retry_failed)
-                run.work_on(todo, unit_size, ledger, everything)
-                records_of_maps = tuple(ledger.records[one.source] for one in maps)
-                with ledger.last_of_shards(_work(job, everything, limit)) as is_last:
-                    summary = {}
-                    if is_last:
-                        parts = (part_of(everything, shard=one, limit=limit) for one in shards)
-                        records = run.records_of(chain.from_iterable(parts), ledger)
-                        summary = write_summary(folder, engine, records)
+                run.work_on(engine, run.to_do(engine, maps, retry_failed), unit_size)
+                records = tuple(ledger.records[one.source] for one in maps)
+                with ledger.last_of_shards(_work(job, cohort)) as is_last:
+                    summary = run.sum_up(engine, cohort) if is_last else {}
         except OutputError:  # nobody works any more: what room is left is for the failures
             ledger.give_up_reserve()
             with contextlib.suppress(OSError):
-                write_failures(folder, run.records_of(maps, ledger))
+                write_failures(folder, run.records_of(maps))
             raise
         finally:
-            _remove_temporaries(folder, maps)  # of processes that have died
+            remove_temporaries(folder, {one.stem for one in maps})  # of processes that have died
     return CohortReport(
         folder,
+        chosen.describe(),
         tuple(maps),
-        records_of_maps,
+        records,
         run.n_done,
         run.n_skipped,
         tuple(run.failures),
@@ -249,22 +249,32 @@ def extract_cohort(
 
 
 class _Run:
-    """The work of one run, counted."""
+    """The work of one run, counted.
 
-    def __init__(self, job: Job, engine: Engine, on_progress: Callable[[Progress], None]) -> None:
+    `everything` are the maps of all shards, whose outputs are not to be touched.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        ledger: Ledger,
+        everything: list[MapFile],
+        on_progress: Callable[[Progress], None],
+    ) -> None:
         self._job = job
-        self._engine = engine
+        self._ledger = ledger
+        self._stems = {one.stem for one in everything}
         self._on_progress = on_progress
         self.n_done = 0
         self.n_skipped = 0
         self.failures: list[Record] = []
 
-    def to_do(self, maps: list[MapFile], ledger: Ledger, retry_failed: bool) -> list[MapFile]:
+    def to_do(self, engine: Engine, maps: list[MapFile], retry_failed: bool) -> list[MapFile]:
         """Return the maps to work on; count those that are done, and keep failures that stay."""
         todo = []
         seem_done: dict[str, MapFile] = {}
         for one in maps:
-            record = ledger.records.get(one.source)
+            record = self._ledger.records.get(one.source)
             if record is None or not self._is_of(record, one):
                 todo.append(one)
             elif record.status == "done":
@@ -273,8 +283,8 @@ class _Run:
                 todo.append(one)
             else:
                 self.failures.append(record)
-        records = [ledger.records[source] for source in seem_done]
-        for record, is_whole in each_outcome(self._engine, check, records, _CHECKS_A_UNIT):
+        records = [self._ledger.records[source] for source in seem_done]
+        for record, is_whole in each_outcome(engine, check, records, _CHECKS_A_UNIT):
             if is_whole is True:
                 self.n_skipped += 1
                 del seem_done[record.source]
@@ -291,32 +301,24 @@ class _Run:
             and record.stem == one.stem
         )
 
-    def records_of(self, maps: Iterable[MapFile], ledger: Ledger) -> list[Record]:
+    def records_of(self, maps: Iterable[MapFile]) -> list[Record]:
         """Return the records of these maps that are of these parameters."""
-        found = (ledger.records.get(one.source) for one in maps)
+        found = (self._ledger.records.get(one.source) for one in maps)
         return [one for one in found if one and one.parameters == self._job.parameters]
 
-    def work_on(
-        self, todo: list[MapFile], unit_size: int, ledger: Ledger, everything: list[MapFile]
-    ) -> None:
-        """Extract the maps, and write down what becomes of each as it ends.
-
-        `everything` are the maps of all shards, whose outputs are not to be touched.
-        """
+    def work_on(self, engine: Engine, todo: list[MapFile], unit_size: int) -> None:
+        """Extract the maps, and write down what becomes of each as it ends."""
         self._tell(len(todo), None)
+        self._remove_leftovers({one.stem for one in todo})
         if todo:
             remove_summary(self._job.folder)
-        stems = {one.stem for one in everything}
         outcome: Any
-        for one, outcome in each_outcome(self._engine, extract, todo, unit_size):
+        for one, outcome in each_outcome(engine, extract, todo, unit_size):
             if isinstance(outcome, WorkerDiedError):
                 outcome = failed(one, self._job.parameters, outcome)
-                names = written_names(self._job.folder, one.stem)
-                taken = stems | set(ledger.owners)
-                names = {name for name in names if map_name(name) not in taken - {outcome.stem}}
-                remove_outputs(self._job.folder, names)
-            self._remove_superseded(outcome, ledger, stems)
-            ledger.add(outcome)
+                remove_outputs(self._job.folder, self._written({one.stem}))
+            remove_outputs(self._job.folder, self._superseded_by(outcome))
+            self._ledger.add(outcome)
             if outcome.error == OutputError.__name__:
                 raise OutputError(outcome.message)
             if outcome.status == "done":
@@ -325,24 +327,45 @@ class _Run:
                 self.failures.append(outcome)
             self._tell(len(todo), outcome)
 
-    def _remove_superseded(self, now: Record, ledger: Ledger, stems: Set[str]) -> None:
-        """Remove what an earlier run has written of a map and this one has not written anew.
+    def _remove_leftovers(self, stems: Set[str]) -> None:
+        """Remove what a run has left of maps to do that was killed before it wrote them down."""
+        remove_temporaries(self._job.folder, stems)
+        owners = (self._ledger.owners.get(stem) for stem in stems)
+        known = {name for one in owners if one for name in output_names(one.stem, one.n_volumes)}
+        remove_outputs(self._job.folder, self._written(stems) - known)
 
-        And of another map of that stem, whose outputs have been replaced; but not what belongs to
-        others, who may have been given the stem that this map had.
+    def _written(self, stems: Set[str]) -> set[str]:
+        """Return the names of outputs of `stems` that are there, but for those of other maps."""
+        others = (self._stems | set(self._ledger.owners)) - stems
+        written = written_names(self._job.folder, stems)
+        return {name for name in written if map_name(name) not in others}
+
+    def _superseded_by(self, now: Record) -> set[str]:
+        """Return the names of outputs that an earlier run has written, and `now` replaces.
+
+        Of this map, and of another one of the same stem; but not what belongs to others, who may
+        have been given the stem that this map had.
         """
-        befores = [ledger.records.get(now.source)]
+        befores = [self._ledger.records.get(now.source)]
         if now.status == "done":
-            befores.append(ledger.owners.get(now.stem))
+            befores.append(self._ledger.owners.get(now.stem))
+        superseded: set[str] = set()
         for before in befores:
             if before is None or before.status != "done":
                 continue
-            is_ours = before.stem == now.stem or before.stem not in stems
-            if is_ours and ledger.owners[before.stem].source == before.source:
-                names = set(output_names(before.stem, before.n_volumes))
-                names -= set(output_names(now.stem, now.n_volumes))
-                names = {name for name in names if map_name(name) not in stems - {before.stem}}
-                remove_outputs(self._job.folder, names)
+            is_ours = before.stem == now.stem or before.stem not in self._stems
+            if is_ours and self._ledger.owners[before.stem].source == before.source:
+                others = self._stems - {before.stem}
+                names = output_names(before.stem, before.n_volumes)
+                superseded |= {name for name in names if map_name(name) not in others}
+        return superseded - set(output_names(now.stem, now.n_volumes))
+
+    def sum_up(self, engine: Engine, cohort: list[MapFile]) -> dict[str, Path]:
+        """Write the summaries of `cohort` if all its maps have ended; return their paths."""
+        records = self.records_of(cohort)
+        if len(records) < len(cohort):  # a shard has ended before, with other parameters
+            return {}
+        return write_summary(self._job.folder, engine, records)
 
     def _tell(self, n_to_do: int, latest: Record | None) -> None:
         self._on_progress(
@@ -351,21 +374,24 @@ class _Run:
 
 
 def digest(recipe: Recipe) -> str:
-    """Return what tells one set of parameters from another, the voxels of masks included."""
+    """Return what tells one set of parameters from another; of masks, it is their voxels."""
     from gpuroi import __version__
 
-    content = hashlib.sha256(json.dumps([__version__, recipe.describe()]).encode())
-    mask: Any
-    for mask in (recipe.mask_img, recipe.population):
+    described = recipe.describe()
+    masks: dict[str, Any] = {"mask_img": recipe.mask_img, "population": recipe.population}
+    voxels = hashlib.sha256()
+    for name, mask in masks.items():
         if mask is not None and not isinstance(mask, str):
-            content.update(np.ascontiguousarray(mask.dataobj).tobytes())
-            content.update(np.ascontiguousarray(mask.affine).tobytes())
-    return content.hexdigest()[:16]
+            described[name] = "an image"  # by whatever path
+            voxels.update(np.ascontiguousarray(mask.dataobj).tobytes())
+            voxels.update(np.ascontiguousarray(mask.affine).tobytes())
+    content = json.dumps([__version__, described, voxels.hexdigest()])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _work(job: Job, maps: list[MapFile], limit: int | None) -> str:
+def _work(job: Job, cohort: list[MapFile]) -> str:
     """Return what tells the work of some shards from that of others."""
-    content = json.dumps([job.parameters, [one.source for one in maps], limit])
+    content = json.dumps([job.parameters, [one.source for one in cohort]])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -422,20 +448,8 @@ def _n_cores() -> int:
 
 
 def _at_least_one(parameter: str, value: int | None) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{parameter}={value!r} is a {type(value).__name__}; pass an integer >= 1.")
     if value is not None and value < 1:
         raise ValueError(f"{parameter}={value!r} is not a number >= 1.")
     return value
-
-
-def _remove_temporaries(folder: Path, maps: list[MapFile]) -> None:
-    """Remove what processes that were killed have left of these maps: other shards have theirs."""
-    stems_of: dict[Path, set[str]] = {}
-    for one in maps:
-        parent, _, stem = one.stem.rpartition("/")
-        stems_of.setdefault(folder / parent, set()).add(stem)
-    for below, stems in stems_of.items():
-        if below.is_dir():
-            for path in below.glob(".*.tmp"):
-                match = io.TEMPORARY.fullmatch(path.name)
-                if match and not stems.isdisjoint(stems_of_output(match["name"])):
-                    path.unlink(missing_ok=True)

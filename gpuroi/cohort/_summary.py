@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuroi import io
-from gpuroi.cohort._discover import DESCRIPTION, is_dataset
+from gpuroi.cohort._discover import DESCRIPTION, common_folder, is_dataset
 from gpuroi.cohort._engines import Engine, each_outcome, in_units
 from gpuroi.cohort._ledger import Record
 from gpuroi.cohort._outputs import stems_of_output
@@ -146,15 +146,8 @@ def _source_datasets(made: list[Record]) -> list[dict[str, Any]]:
     others = [os.fspath(folder) for folder in folders if dataset_of(folder) is None]
     roots = {root for root in map(dataset_of, folders) if root is not None}
     if others:
-        roots.add(Path(_common_folder(others)))
+        roots.add(Path(common_folder(others)))
     return [_source_dataset(root) for root in sorted(roots)]
-
-
-def _common_folder(folders: list[str]) -> str:
-    try:
-        return os.path.commonpath(folders)
-    except ValueError:  # on several drives
-        return min(folders)
 
 
 def _source_dataset(root: Path) -> dict[str, Any]:

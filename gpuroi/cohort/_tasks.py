@@ -21,7 +21,13 @@ from gpuroi.cohort._consumer import RemoteFinder
 from gpuroi.cohort._discover import MapFile
 from gpuroi.cohort._ledger import Record
 from gpuroi.cohort._outputs import Written, is_whole, map_name, output_names
-from gpuroi.errors import DeviceLostError, InvalidMapError, collected_warnings, warn
+from gpuroi.errors import (
+    DeviceLostError,
+    InvalidMapError,
+    OutputError,
+    collected_warnings,
+    warn,
+)
 from gpuroi.overlap import Overlap
 from gpuroi.pipeline import ComputedBy, Finder, Found, Prepared, finish, in_batches, prepare
 from gpuroi.recipe import Recipe
@@ -36,6 +42,7 @@ _MOST_FILE_BYTES = 128 * 2**20
 # Of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 256 * 2**20
+_MOST_MMAP_THRESHOLD = 32 * 2**20  # older ones refuse more
 
 
 @dataclass(frozen=True)
@@ -246,10 +253,13 @@ def _sum(folder: Path, records: tuple[Record, ...]) -> Sum:
     header, rows, overlap = "", [], Overlap()
     for record in records:
         for name in output_names(record.stem, record.n_volumes):
-            header, *table = (folder / f"{name}.tsv").read_text("utf-8").splitlines()
+            try:
+                header, *table = (folder / f"{name}.tsv").read_text("utf-8").splitlines()
+                (labels,) = io.read_maps(folder / f"{name}.nii.gz")
+            except (OSError, ValueError) as error:
+                raise OutputError(f"{folder / name} has changed since it was written.") from error
             label = " ".join(map_name(name).split())  # no tab, no new line
             rows += [f"{label}\t{row}" for row in table]
-            (labels,) = io.read_maps(folder / f"{name}.nii.gz")
             overlap.add(labels.data != 0, labels.affine, labels.header)
     return Sum(header, rows, overlap)
 
@@ -295,5 +305,6 @@ def _keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        # In this order: either switches off what malloc finds out by itself.
+        if mallopt(_M_MMAP_THRESHOLD, _MOST_MMAP_THRESHOLD):
+            mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

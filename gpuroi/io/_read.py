@@ -117,6 +117,8 @@ def _on_disk(path: Path) -> bytes:
     """Return the bytes of a file."""
     if not path.exists():
         hint = "; where one path is asked for, patterns are not" if has_magic(path.name) else ""
+        if path.is_symlink():
+            hint = f"; it is a link to {path.readlink()}"
         raise InvalidMapError(f"{path}: no such file{hint}.")
     if not path.is_file():
         found = "a folder" if path.is_dir() else "a pipe or a device"

@@ -19,6 +19,7 @@ from gpuroi.report._payload import backdrop_payload, map_payload
 from gpuroi.report._pictures import count_palette, draw_cuts, hex_color, region_palette
 from gpuroi.report._scene import scene_of, template
 from gpuroi.result import Regions
+from gpuroi.words import counted, threshold_asked, what_was_found
 
 #: Maps whose slices are in the page; of more, all lie beside it.
 MOST_EMBEDDED = 50
@@ -187,12 +188,12 @@ class Report:
     def _page(self, overlap_file: str | None) -> str:
         away = len(self._maps) > MOST_EMBEDDED
         n_regions = len(self._volumes_mm3)
-        title = f"Regions of {_counted(len(self._maps), 'map')}"
+        title = f"Regions of {counted(len(self._maps), 'map')}"
         if len(self._maps) == 1:
             title = f"Regions of {self._maps[0].line.name}"
-        summary = f"{_counted(n_regions, 'region')} in {_counted(len(self._maps), 'map')}"
+        summary = f"{counted(n_regions, 'region')} in {counted(len(self._maps), 'map')}"
         if self._failures:
-            summary += f"; {_counted(len(self._failures), 'map')} failed"
+            summary += f"; {counted(len(self._failures), 'map')} failed"
         body = [html.failures_section(self._failures), self._cohort(overlap_file)]
         body += [_section(record, away=away) for record in self._maps]
         body.append(html.definitions("How this was made", self._run | _now(), "provenance"))
@@ -283,18 +284,11 @@ def _without(labels: list[int]) -> str:
 
 def _facts(regions: Regions) -> str:
     """Return what was asked of a map and found, as one line."""
-    asked = regions.provenance["parameters"]
-    reach = {"both": "|value| ≥ ", "positive": "value ≥ ", "negative": "value ≤ -"}[asked["tail"]]
-    threshold = str(asked["threshold"]).removesuffix(".0")
+    provenance = regions.provenance
     return (
-        f"{_counted(len(regions), 'region')} of at least {asked['min_region_size']:g} mm³ at "
-        f"{reach}{regions.cutoff:.6g} (threshold {threshold}); largest magnitude "
-        f"{regions.provenance['largest_magnitude']:.6g}"
+        f"{what_was_found(provenance)} (threshold {threshold_asked(provenance)}); largest "
+        f"magnitude {provenance['largest_magnitude']:.6g}"
     )
-
-
-def _counted(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _now() -> dict[str, str]:
