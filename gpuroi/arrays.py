@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gpuroi.algorithms.threshold import percentile_scores, usable_cutoffs
 from gpuroi.backends import Backend, _keys, get_backend
-from gpuroi.errors import shown
+from gpuroi.checks import check_choice, shown
 from gpuroi.types import CONNECTIVITIES, TAILS, Array, Connectivity, FloatArray, Tail
 
 __all__ = ["label", "percentile_cutoff", "region_sizes", "remove_small", "threshold"]
@@ -282,18 +282,10 @@ def _batch_sizes(xp: ModuleType, labels: Array) -> Array:
     return xp.bincount(numbered.ravel(), minlength=n * n_volumes).reshape(n_volumes, n)
 
 
-def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> Any:
-    """Return `value` if it is one of `accepted`; `name` is the parameter it was passed as."""
-    if not isinstance(value, str | int) or value not in accepted:
-        choices = ", ".join(repr(choice) for choice in accepted)
-        raise ValueError(f"{name}={value!r} is not one of {choices}.")
-    return value
-
-
 def computable(maps: Array) -> Array:
-    """Return `maps` as finite float32 or float64, whichever holds all their values.
+    """Return `maps` as float32 or float64, whichever holds all their values.
 
-    64-bit integers beyond 2**53 are rounded. NaN and infinities become zero.
+    64-bit integers beyond 2**53 are rounded.
     """
     if maps.dtype.kind not in "fiub":
         raise TypeError(f"maps are {maps.dtype}; pass real numbers.")

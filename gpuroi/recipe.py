@@ -1,7 +1,5 @@
 """The parameters of an extraction, checked at the door and the same for every map."""
 
-import math
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,8 +12,8 @@ from nibabel.spatialimages import SpatialImage
 from gpuroi import io
 from gpuroi.algorithms.local_regions import SEED_DISTANCE_VOXELS
 from gpuroi.algorithms.threshold import Threshold, parse_threshold
-from gpuroi.arrays import check_choice
-from gpuroi.errors import InvalidMapError, shown
+from gpuroi.checks import at_least_one, at_least_zero, check_choice, shown
+from gpuroi.errors import InvalidMapError
 from gpuroi.types import CONNECTIVITIES, TAILS, Connectivity, ImageLike, Tail
 
 Method = Literal["connected_components", "local_regions"]
@@ -92,7 +90,7 @@ def make_recipe(
         connectivity=check_choice("connectivity", connectivity, CONNECTIVITIES),
         min_region_size_mm3=at_least_zero("min_region_size", min_region_size, "mm^3"),
         smoothing_fwhm_mm=at_least_zero("smoothing_fwhm", smoothing_fwhm, "mm"),
-        seed_distance_voxels=_voxels("seed_distance", seed_distance),
+        seed_distance_voxels=at_least_one("seed_distance", seed_distance, "voxels"),
         resample_mask=resample_mask,
     )
 
@@ -150,20 +148,3 @@ def _mask(parameter: str, mask: Any) -> SpatialImage:
         ) from None
     except InvalidMapError as error:
         raise InvalidMapError(f"{parameter}: {error}") from error
-
-
-def _voxels(parameter: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{parameter}={value!r} is a {type(value).__name__}; pass voxels >= 1.")
-    if value < 1:
-        raise ValueError(f"{parameter}={value!r} is not a number of voxels >= 1.")
-    return int(value)
-
-
-def at_least_zero(parameter: str, value: float, unit: str) -> float:
-    """Return `value` if it is a finite number >= 0; `parameter` and `unit` are for messages."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{parameter}={value!r} is a {type(value).__name__}; pass {unit} >= 0.")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{parameter}={value!r} is not a finite number >= 0 (in {unit}).")
-    return float(value)

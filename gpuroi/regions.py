@@ -18,13 +18,13 @@ from gpuroi.algorithms.local_regions import (
     warn_of_undecided,
 )
 from gpuroi.algorithms.measure import RegionVoxels, gather
-from gpuroi.arrays import check_choice
 from gpuroi.backends import Backend, LabelledVoxels, get_backend
 from gpuroi.backends._memory import in_pieces
-from gpuroi.errors import shown, warn
+from gpuroi.checks import at_least_zero, check_choice, shown
+from gpuroi.errors import warn
 from gpuroi.masks import load_mask
 from gpuroi.niimg import load_images, voxels
-from gpuroi.recipe import METHODS, at_least_zero
+from gpuroi.recipe import METHODS
 from gpuroi.space import sigma_voxels, voxel_volume_mm3
 from gpuroi.stack import stack_image
 from gpuroi.types import ImageLike

@@ -1050,7 +1050,7 @@ class TestFailures:
             (["m.nii", "--shard", "3/2"], r"shard 3/2 does not exist"),
             (["m.nii", "--shard", "1/2", "--report"], "--report and --shard do not go together"),
             (["m.nii", "--limit", "0"], "limit=0 leaves nothing to do; pass a number of maps >= 1"),
-            (["m.nii", "--jobs", "0"], "jobs=0 is not a number >= 1"),
+            (["m.nii", "--jobs", "0"], "jobs=0 is not a number of processes >= 1"),
             (["m.nii", "--jobs", "2", "--dask", "x:1"], "--jobs and --dask do not go together"),
             (["m.nii", "--batch-size", "0"], "--batch-size '0' is neither auto nor a number of"),
             (["m.nii", "--batch-size", "many"], "--batch-size 'many' is neither auto nor"),

@@ -475,7 +475,10 @@ class TestNotAFile:
         ("make", "message"),
         [
             (lambda path: None, r"no such file\."),
-            (lambda path: path.symlink_to("nowhere.nii"), r"no such file; it is a link to nowhere\.nii\."),
+            (
+                lambda path: path.symlink_to("nowhere.nii"),
+                r"no such file; it is a link to nowhere\.nii\.",
+            ),
             (Path.touch, r"expected an image, found an empty file\."),
             (Path.mkdir, r"expected an image file, found a folder\."),
             pytest.param(

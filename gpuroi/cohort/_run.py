@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from gpuroi.backends import Backend, environments, get_backend
+from gpuroi.checks import at_least_one
 from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._consumer import Consumer
 from gpuroi.cohort._discover import MapFile, find_maps, part_of, refuse_to_replace
@@ -203,8 +204,9 @@ def extract_cohort(
     chosen = recipe if isinstance(recipe, Recipe) else recipe_of({} if recipe is None else recipe)
     if on_gpu_error not in ("stop", "cpu"):
         raise ValueError(f"on_gpu_error={on_gpu_error!r} is neither 'stop' nor 'cpu'.")
-    n_jobs = _at_least_one("jobs", jobs) or _n_cores()
-    batch_size = _at_least_one("batch_size", batch_size)
+    n_jobs = _n_cores() if jobs is None else at_least_one("jobs", jobs, "processes")
+    if batch_size is not None:
+        batch_size = at_least_one("batch_size", batch_size, "maps")
     folder = Path(out_dir).expanduser().absolute()
     everything = find_maps(inputs, entities=entities)
     if client is not None:  # its workers have folders of their own that they work in
@@ -445,11 +447,3 @@ def _n_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _at_least_one(parameter: str, value: int | None) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"{parameter}={value!r} is a {type(value).__name__}; pass an integer >= 1.")
-    if value is not None and value < 1:
-        raise ValueError(f"{parameter}={value!r} is not a number >= 1.")
-    return value

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
+from gpuroi.checks import shown
 from gpuroi.datasets._download import UnusableAnswerError, insist, only_writer, receive
-from gpuroi.errors import InvalidMapError, MissingExtraError, shown
+from gpuroi.errors import InvalidMapError, MissingExtraError
 
 SERVER = "https://neurovault.org"
 _IMAGE_ID = 32980

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from gpuroi.errors import shown
+from gpuroi.checks import shown
 from gpuroi.space import check_affine, sigma_voxels
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ import numpy as np
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from numpy.typing import NDArray
 
-from gpuroi.arrays import check_choice
-from gpuroi.errors import shown
+from gpuroi.checks import check_choice, shown
 
 # The palette of Okabe and Ito, "Color Universal Design" (2008), without black: told apart with any
 # colour vision. In an order in which neighbours differ most.

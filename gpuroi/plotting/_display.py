@@ -38,7 +38,13 @@ _GAP = 0.04
 
 @dataclass(frozen=True)
 class Cut:
-    """A plane across a direction, at a place."""
+    """A plane across a direction, at a place.
+
+    Attributes
+    ----------
+    direction : {"x", "y", "z"}
+    at_mm : float
+    """
 
     direction: Direction
     at_mm: float
@@ -69,7 +75,15 @@ class Display:
         self._written: dict[Cut, list[Bbox]] = {cut: [] for cut in panels}
 
     def savefig(self, path: str | Path, dpi: float | None = None) -> None:
-        """Write the figure to a file; its extension says in which format."""
+        """Write the figure to a file.
+
+        Parameters
+        ----------
+        path : path
+            Its extension says in which format.
+        dpi : float, optional
+            Dots an inch, by default those of the figure.
+        """
         self.figure.savefig(
             Path(path).expanduser(), dpi=dpi or "figure", facecolor=self.figure.get_facecolor()
         )
@@ -94,7 +108,18 @@ class Display:
     def draw_picture(
         self, cut: Cut, plane: Plane, cmap: Colormap, norm: Normalize, shown: NDArray[np.bool_]
     ) -> None:
-        """Draw the pixels of `plane` that are `shown`."""
+        """Draw pixels of a plane.
+
+        Parameters
+        ----------
+        cut : Cut
+            One of `panels`.
+        plane : Plane
+        cmap : matplotlib Colormap
+        norm : matplotlib Normalize
+        shown : bool array of the shape of ``plane.pixels``
+            The pixels to draw.
+        """
         if shown.any():
             self.panels[cut].imshow(
                 np.ma.array(plane.pixels, mask=~shown),
@@ -114,7 +139,21 @@ class Display:
         linewidth: float,
         fill_alpha: float = 0.0,
     ) -> None:
-        """Draw the line at `level`, closed at the border of the field of view, and its inside."""
+        """Draw the line at a level, closed at the border of the field of view, and its inside.
+
+        Parameters
+        ----------
+        cut : Cut
+            One of `panels`.
+        plane : Plane
+        level : float
+            In units of the pixels; nothing is drawn of a plane that does not reach it.
+        color : RGB or RGBA
+        linewidth : float
+            In points.
+        fill_alpha : float
+            Opacity of the inside.
+        """
         highest = plane.pixels.max(initial=0)
         if highest < level:
             return
@@ -127,7 +166,13 @@ class Display:
         panel.contour(columns, rows, pixels, [level], colors=[color], linewidths=linewidth)
 
     def draw_cross(self, places_mm: dict[Direction, float]) -> None:
-        """Draw where the other cuts lie."""
+        """Draw where the other cuts lie.
+
+        Parameters
+        ----------
+        places_mm : dict
+            By direction.
+        """
         for cut, panel in self.panels.items():
             across, up = (axis for axis in DIRECTIONS if axis != cut.direction)
             halo = [patheffects.withStroke(linewidth=1, foreground=self._background, alpha=0.4)]
@@ -176,9 +221,19 @@ class Display:
                 self._written[cut].append(written.get_window_extent().transformed(points))
 
     def number(self, cut: Cut, place_mm: tuple[float, float], room_mm: float, text: str) -> None:
-        """Write `text` at a place of a panel; beside it where there is no room around.
+        """Write a number at a place of a panel; beside it where there is no room around.
 
         Not where it would touch another number, or leave the panel: call it for what matters first.
+
+        Parameters
+        ----------
+        cut : Cut
+            One of `panels`.
+        place_mm : (float, float)
+            Across and up.
+        room_mm : float
+            How far it is from there to the border of what is numbered.
+        text : str
         """
         panel = self.panels[cut]
         frame = panel.get_window_extent()
@@ -216,8 +271,16 @@ class Display:
     ) -> None:
         """Draw what the colours stand for, if there is room set aside for it.
 
-        Of `ticks` whose labels would touch, the earlier ones are drawn. An end `beyond` which there
-        are values gets an arrow.
+        Parameters
+        ----------
+        cmap : matplotlib Colormap
+        norm : matplotlib Normalize
+        ticks : sequence of float
+            In the order of their importance: of those whose labels would touch, the earlier are
+            drawn.
+        labels : sequence of str
+        beyond : {"neither", "min", "max", "both"}
+            Ends that get an arrow, as there are values beyond them.
         """
         if self._bar is None:
             return

@@ -21,14 +21,13 @@ from scipy import ndimage
 
 from gpuroi import io
 from gpuroi.algorithms.threshold import parse_threshold
-from gpuroi.arrays import check_choice
+from gpuroi.checks import at_least_zero, check_choice
 from gpuroi.errors import DimensionError
 from gpuroi.niimg import load_images
 from gpuroi.plotting._colors import ValueColors, region_color, region_colors
 from gpuroi.plotting._display import Display
 from gpuroi.plotting._planes import Plane, Volume
 from gpuroi.plotting._scene import DisplayMode, Frame, background_of, finite, stage, volume_of
-from gpuroi.recipe import at_least_zero
 from gpuroi.result import Regions
 from gpuroi.stack import RegionStack
 from gpuroi.types import ImageLike

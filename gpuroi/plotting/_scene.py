@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from gpuroi import io
-from gpuroi.arrays import check_choice
-from gpuroi.errors import DimensionError, shown
+from gpuroi.checks import check_choice, shown
+from gpuroi.errors import DimensionError
 from gpuroi.niimg import load_images
 from gpuroi.plotting._backgrounds import Background, anatomy, head_outline, mni_template
 from gpuroi.plotting._cuts import cut_through_signal, cuts_along

@@ -152,16 +152,28 @@ class Report:
             self._set_aside()
 
     def fail(self, name: str, reason: str) -> None:
-        """Take in a map that failed."""
+        """Take in a map that failed.
+
+        Parameters
+        ----------
+        name : str
+            Of the map.
+        reason : str
+        """
         self._failures.append((name, reason))
 
     def write(self, overlap_file: str | None = None) -> Path:
-        """Write the page, whole or not at all, and return its path.
+        """Write the page, whole or not at all.
 
         Parameters
         ----------
         overlap_file : str, optional
             An image in `folder` to name as the one that counts maps; the page only draws counts.
+
+        Returns
+        -------
+        Path
+            Of the page.
 
         Raises
         ------
