@@ -4,17 +4,14 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from itertools import chain
 from typing import Literal
-
-import numpy as np
 
 from gpuroi import io
 from gpuroi.algorithms.threshold import Threshold
 from gpuroi.backends import Backend, get_backend
-from gpuroi.errors import warn
-from gpuroi.pipeline import extract_maps
+from gpuroi.errors import collected_warnings, warn
+from gpuroi.pipeline import Prepared, extract_maps, prepare
 from gpuroi.recipe import Method, make_recipe
 from gpuroi.result import Regions
 from gpuroi.types import Connectivity, ImageLike, Tail
@@ -123,12 +120,15 @@ def extract_regions(
     )
     chosen = get_backend(backend)
     if isinstance(img, Sequence | Iterator) and not isinstance(img, str):
-        is_device = chosen.batch_bytes > 1
-        maps = _read_ahead(img) if is_device else chain.from_iterable(map(io.read_maps, img))
+        if chosen.batch_bytes > 1:
+            maps = _read_ahead(img)
+        else:
+            maps = map(prepare, chain.from_iterable(map(io.read_maps, img)))
         results = list(extract_maps(maps, recipe, chosen))
         _warn_of_missing_percent_sign(results, recipe.threshold)
         return results
-    results = list(extract_maps(io.read_maps(img), recipe, chosen))
+    volumes = io.read_maps(img)
+    results = list(extract_maps(map(prepare, volumes), recipe, chosen, len(volumes)))
     _warn_of_missing_percent_sign(results, recipe.threshold)
     return results[0] if len(results) == 1 else results
 
@@ -146,26 +146,34 @@ def _warn_of_missing_percent_sign(results: list[Regions], threshold: Threshold) 
             )
 
 
-def _read_ahead(sources: Iterable[ImageLike]) -> Iterator[io.Map]:
-    """Yield the maps of all `sources` in order, while threads decode those that come next.
+def _read_ahead(sources: Iterable[ImageLike]) -> Iterator[Prepared]:
+    """Yield the maps of all `sources` in order, while threads read those that come next.
 
     A device takes maps faster than one core decodes them. Decoders leave the interpreter to others.
     """
     n_readers = min(_MOST_READERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(n_readers) as readers:
-        ahead: deque[Future[list[io.Map]]] = deque()
+        ahead: deque[Future[tuple[list[Prepared], list[str]]]] = deque()
+
+        def first() -> list[Prepared]:
+            prepared, messages = ahead.popleft().result()
+            for message in messages:  # from here, warnings find the line of the user
+                warn(message)
+            return prepared
+
         try:
             for source in sources:
-                ahead.append(readers.submit(_read_in_c_order, source))
+                ahead.append(readers.submit(_read, source))
                 if len(ahead) > 2 * n_readers:  # as many as keep them busy, not all of a cohort
-                    yield from ahead.popleft().result()
+                    yield from first()
             while ahead:
-                yield from ahead.popleft().result()
+                yield from first()
         finally:
             for reading in ahead:
                 reading.cancel()
 
 
-def _read_in_c_order(source: ImageLike) -> list[io.Map]:
-    """Return the maps of `source` as a device wants them, which no other thread has to turn."""
-    return [replace(one, data=np.ascontiguousarray(one.data)) for one in io.read_maps(source)]
+def _read(source: ImageLike) -> tuple[list[Prepared], list[str]]:
+    """Return the maps of `source` ready for a device, and what there is to warn of."""
+    with collected_warnings() as messages:
+        return [prepare(one) for one in io.read_maps(source)], messages

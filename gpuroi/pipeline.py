@@ -5,10 +5,11 @@ The one place where the native door hands maps to a backend, and where millimetr
 
 import importlib.metadata
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -20,9 +21,9 @@ from gpuroi.algorithms.local_regions import Contest, find_seeds, warn_of_undecid
 from gpuroi.algorithms.measure import gather
 from gpuroi.algorithms.threshold import cutoff_above, cutoff_at, one_sided, percentile_scores
 from gpuroi.arrays import computable
-from gpuroi.backends import Backend, LabelledVoxels
+from gpuroi.backends import Backend, LabelledVoxels, Staging
 from gpuroi.backends._memory import in_pieces
-from gpuroi.errors import warn
+from gpuroi.errors import collected_warnings, warn
 from gpuroi.masks import load_mask
 from gpuroi.recipe import Recipe
 from gpuroi.result import Regions
@@ -30,37 +31,102 @@ from gpuroi.space import same_grid, sigma_voxels
 from gpuroi.types import Array, FloatArray, ImageLike
 
 _T = TypeVar("_T")
-_U = TypeVar("_U")
-_V = TypeVar("_V")
+
+#: Threads that put batches together: a few take all that memory can give.
+COPIERS = 4
+
+# Threads that measure what a device has found.
+_MEASURERS = min(16, os.cpu_count() or 1)
 
 # Affines in NIfTI headers are float32: a volume in mm^3 is known to about seven digits.
 _VOLUME_TOLERANCE = 1e-6
 
 
-def extract_maps(maps: Iterable[io.Map], recipe: Recipe, backend: Backend) -> Iterator[Regions]:
-    """Yield the regions of each map, batch by batch of maps that share a grid and a dtype."""
+def extract_maps(
+    maps: Iterable["Prepared"], recipe: Recipe, backend: Backend, at_most: int | None = None
+) -> Iterator[Regions]:
+    """Yield the regions of each map; `at_most` says how many there are where that is known.
+
+    A host takes them one by one. A device takes batches of maps that share a grid and a dtype: one
+    is copied while the one before is worked on, and threads measure what was found before that.
+    """
     parameters = recipe.describe()
     finder = Finder(recipe, backend)
-
-    def on_host(batch: list[Prepared], found: list[Found]) -> list[Regions]:
-        return [
-            finish(prepared, volume, recipe, parameters, backend)
-            for prepared, volume in zip(batch, found, strict=True)
-        ]
-
-    batches = in_batches(map(prepare, maps), backend.batch_bytes)
     if backend.batch_bytes == 1:
-        for batch in batches:
-            yield from on_host(batch, finder(batch))
+        for prepared in maps:
+            (found,) = finder([prepared])
+            yield finish(prepared, found, recipe, parameters, backend)
         return
-    ahead = _one_ahead((batch, finder.begin(stacked(batch))) for batch in batches)
-    yield from _overlapped(
-        ahead, lambda batch, upload: finder.find(upload, batch[0].source), on_host
-    )
+
+    def measured(prepared: Prepared, found: Found) -> tuple[Regions, list[str]]:
+        with collected_warnings() as messages:
+            return finish(prepared, found, recipe, parameters, backend), messages
+
+    with ThreadPoolExecutor(COPIERS) as copiers, ThreadPoolExecutor(_MEASURERS) as measurers:
+
+        def measure(prepared: Prepared, found: Found) -> Future[tuple[Regions, list[str]]]:
+            return measurers.submit(measured, prepared, found)
+
+        batches = _one_ahead(_under_way(maps, finder, copiers, at_most))
+        try:
+            for ending in _one_ahead(_being_measured(batches, finder, measure)):
+                for one in ending:
+                    regions, messages = one.result()
+                    for message in messages:  # from here, warnings find the line of the user
+                        warn(message)
+                    yield regions
+        finally:
+            measurers.shutdown(cancel_futures=True)
+
+
+def _under_way(
+    maps: Iterable["Prepared"], finder: "Finder", copiers: Executor, at_most: int | None
+) -> Iterator[tuple[list["Prepared"], "Upload"]]:
+    """Yield batches as soon as they begin to be copied to the device."""
+    filling: _Filling | None = None
+    for one in maps:
+        if filling is not None and not filling.takes(one):
+            yield filling.send()
+            filling = None
+        if filling is None:
+            filling = _Filling(one, finder, copiers, at_most)
+        filling.add(one)
+    if filling is not None:
+        yield filling.send()
+
+
+class _Filling:
+    """A batch that threads put together where the device is going to copy it from."""
+
+    def __init__(
+        self, first: "Prepared", finder: "Finder", copiers: Executor, at_most: int | None
+    ) -> None:
+        volume = first.volume
+        size = max(1, finder.batch_bytes // max(1, volume.nbytes))
+        size = size if at_most is None else min(size, at_most)
+        self._finder = finder
+        self._copiers = copiers
+        self._batch: list[Prepared] = []
+        self._copies: list[Future[None]] = []
+        self._staging = finder.staging((size, *volume.shape), volume.dtype)
+
+    def takes(self, one: "Prepared") -> bool:
+        """Return whether there is room for a map, and it can go with the others."""
+        return len(self._batch) < len(self._staging.host) and one.fits(self._batch[0])
+
+    def add(self, one: "Prepared") -> None:
+        place = self._staging.host[len(self._batch)]
+        self._batch.append(one)
+        self._copies.append(self._copiers.submit(np.copyto, place, one.volume))
+
+    def send(self) -> tuple[list["Prepared"], "Upload"]:
+        for copy in self._copies:
+            copy.result()
+        return self._batch, self._finder.begin(self._staging, len(self._batch))
 
 
 def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """Yield `items`, each after the next one has been made: its copy runs meanwhile."""
+    """Yield `items`, each after the next one has been made: what was begun for it goes on."""
     made: list[_T] = []
     try:
         for item in items:
@@ -73,31 +139,19 @@ def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
     yield from made
 
 
-def _overlapped(
-    batches: Iterable[tuple[_T, _V]],
-    on_device: Callable[[_T, _V], _U],
-    on_host: Callable[[_T, _U], list[Regions]],
-) -> Iterator[Regions]:
-    """Yield the results of all batches; a thread ends one while the device works on the next.
+def _being_measured(
+    batches: Iterable[tuple[list["Prepared"], "Upload"]],
+    finder: "Finder",
+    measure: Callable[["Prepared", "Found"], _T],
+) -> Iterator[list[_T]]:
+    """Yield for each batch what `measure` returns of its maps, called when the device is done.
 
     The device is talked to by the calling thread alone: it is the one whose current device and
     memory pool the caller has chosen.
     """
-    with ThreadPoolExecutor(max_workers=1) as host:
-        ending: Future[list[Regions]] | None = None
-        try:
-            for batch, upload in batches:
-                found = on_device(batch, upload)
-                if ending is not None:
-                    finished, ending = ending, None
-                    yield from finished.result()
-                ending = host.submit(on_host, batch, found)
-        except Exception:
-            if ending is not None:  # what came before the failure is not lost to it
-                yield from ending.result()
-            raise
-        if ending is not None:
-            yield from ending.result()
+    for batch, upload in batches:
+        found = finder.find(upload, batch[0].source)
+        yield [measure(*one) for one in zip(batch, found, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -159,14 +213,29 @@ class Finder:
 
     def __call__(self, batch: list[Prepared]) -> list[Found]:
         """Return what is in each map of a batch of one grid and dtype."""
-        return self.find(self.begin(stacked(batch)), batch[0].source)
+        if len(batch) == 1:
+            host = batch[0].volume[np.newaxis]
+            upload = Upload(host, partial(self._backend.to_device, host))
+        else:
+            first = batch[0].volume
+            staging = self.staging((len(batch), *first.shape), first.dtype)
+            for place, prepared in zip(staging.host, batch, strict=True):
+                place[...] = prepared.volume
+            upload = self.begin(staging, len(batch))
+        return self.find(upload, batch[0].source)
 
-    def begin(self, host: NDArray[Any]) -> Upload:
-        """Begin to copy a batch ``(B, X, Y, Z)``; if there is no room yet, when it is needed."""
+    def staging(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Staging:
+        """Return memory to put a batch ``(B, X, Y, Z)`` together in."""
+        n, x, y, z = shape
+        return self._backend.staging((n, x, y, z), dtype)
+
+    def begin(self, staging: Staging, n: int) -> Upload:
+        """Begin to copy a batch of n maps; if there is no room yet, when it is needed."""
+        host = staging.host[:n]
         try:
-            return Upload(host, self._backend.upload(host))
+            return Upload(host, staging.send(n))
         except MemoryError:
-            return Upload(host, lambda: self._backend.to_device(host))
+            return Upload(host, partial(self._backend.to_device, host))
 
     def find(self, upload: Upload, source: io.Map) -> list[Found]:
         """Return what is in each map of a batch, all on the grid of `source`."""
@@ -203,12 +272,6 @@ def in_batches(prepared: Iterable[Prepared], batch_bytes: int) -> Iterator[list[
         batch.append(one)
     if batch:
         yield batch
-
-
-def stacked(batch: list[Prepared]) -> NDArray[Any]:
-    """Return the volumes of a batch as one array ``(B, X, Y, Z)``, a view of a single one."""
-    volumes = [prepared.volume for prepared in batch]
-    return volumes[0][np.newaxis] if len(batch) == 1 else np.stack(volumes)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,12 @@ def test_volumes_beyond_the_index_range_of_one_launch_go_in_pieces(monkeypatch):
         pieces, CpuBackend().components(maps, cutoffs, "both", 18, 2), strict=True
     ):
         np.testing.assert_array_equal(actual, expected)
+    for voxels, labels in zip(
+        cuda.component_voxels(maps, cutoffs, "both", 18, 2), pieces[0], strict=True
+    ):
+        np.testing.assert_array_equal(voxels.index, np.flatnonzero(labels))
+        np.testing.assert_array_equal(voxels.label, labels[labels > 0])
+        assert voxels.n_regions == labels.max()
     monkeypatch.setattr("gpuroi.backends._library._MAX_VOXELS", 100)
     with pytest.raises(ValueError, match="a volume of 210 voxels is too large for 32-bit labels"):
         cuda.components(maps, cutoffs, "both", 18, 2)
@@ -159,7 +165,7 @@ def test_a_batch_takes_a_part_of_the_memory_that_is_free():
     free = 0
     assert backend.batch_bytes == 1  # a volume goes alone, and fits or does not
     free = 2**40
-    assert backend.batch_bytes == 256 * 2**20
+    assert backend.batch_bytes == 64 * 2**20
 
 
 def test_discovery_is_by_file_name():

@@ -12,11 +12,16 @@ import pytest
 from scipy import ndimage, stats
 
 import gpuroi
+from gpuroi import pipeline
+from gpuroi.algorithms.measure import gather
 from gpuroi.backends.cpu import CpuBackend
 from gpuroi.datasets import load_sample_motor_activation_image
 from gpuroi.errors import DeviceMemoryError, InvalidMapError
 from gpuroi.extract import _read_ahead
 from gpuroi.image import threshold_img
+from gpuroi.io import read_maps
+from gpuroi.pipeline import extract_maps, prepare
+from gpuroi.recipe import make_recipe
 from gpuroi.regions import connected_regions
 from gpuroi.result import COLUMNS
 from gpuroi.testing import make_maps, require_backend
@@ -183,11 +188,95 @@ class TestReadingAhead:
         assert len(asked) == 5
         maps.close()
 
+    def test_warnings_come_from_the_line_of_the_user(self, tmp_path):
+        paths = [tmp_path / f"{seed}.nii.gz" for seed in range(3)]
+        for seed, path in enumerate(paths):
+            data = blobs((6, 7, 8), seed=seed)
+            data[0, 0, :seed] = np.nan
+            nib.save(image(data), path)
+        with pytest.warns(UserWarning, match="NaN or infinite") as caught:
+            gpuroi.extract_regions(paths, "90%", backend=library_on_cpu())
+        assert [str(one.message).partition(" voxels")[0][-1] for one in caught] == ["1", "2"]
+        assert {one.filename for one in caught} == {__file__}
+
     def test_the_first_damaged_file_is_told(self, paths):
         for damaged in (paths[7], paths[30]):
             damaged.write_bytes(damaged.read_bytes()[:-10])
         with pytest.raises(InvalidMapError, match=re.escape(str(paths[7]))):
             gpuroi.extract_regions(paths, backend=library_on_cpu())
+
+
+class TestBatches:
+    """A device gets the maps in batches, of which several are under way at once."""
+
+    @pytest.fixture
+    def backend(self):
+        """Return a backend that likes four maps at once, and notes how many it was given."""
+        sizes = []
+
+        def uploads(host):
+            if host.ndim == 4:
+                sizes.append(len(host))
+            copied = np.array(host, order="C")
+            return lambda: copied
+
+        backend = library_on_cpu(uploads)
+        backend._free_bytes = lambda: 24 * 4 * blobs().nbytes
+        backend.sizes = sizes
+        return backend
+
+    def maps(self, n):
+        for seed in range(n):
+            yield prepare(*read_maps(image(blobs(seed=seed))))
+
+    def test_they_are_as_large_as_the_device_likes(self, backend):
+        found = list(extract_maps(self.maps(10), make_recipe("95%"), backend))
+        expected = extract_maps(self.maps(10), make_recipe("95%"), CpuBackend())
+        for regions, reference in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(regions.labels, reference.labels)
+            pd.testing.assert_frame_equal(regions.table, reference.table, check_exact=True)
+        assert backend.sizes == [4, 4, 2]
+
+    def test_maps_in_any_layout(self, backend):
+        maps = [blobs(), np.asfortranarray(blobs()), blobs()[::-1], blobs().astype(">f4")]
+        found = gpuroi.extract_regions([*map(image, maps)], "95%", backend=backend)
+        assert backend.sizes == [4]
+        for one, regions in zip(maps, found, strict=True):
+            expected = gpuroi.extract_regions(image(one), "95%", backend="cpu")
+            np.testing.assert_array_equal(regions.labels, expected.labels)
+
+    def test_no_more_than_a_few_are_ahead(self, backend):
+        asked = []
+        maps = (asked.append(one) or one for one in self.maps(100))
+        results = extract_maps(maps, make_recipe("95%"), backend)
+        for n_results in range(1, 50):
+            next(results)
+            assert len(asked) <= n_results + 4 * 4
+        results.close()
+
+    def test_batches_before_a_failure_are_not_lost_to_it(self, backend):
+        def failing():
+            yield from self.maps(9)
+            raise InvalidMapError("damaged")
+
+        results = extract_maps(failing(), make_recipe("95%"), backend)
+        assert len([next(results) for _ in range(8)]) == 8
+        with pytest.raises(InvalidMapError, match="damaged"):
+            next(results)
+
+    def test_a_map_that_cannot_be_measured_ends_the_series_at_its_place(self, backend, monkeypatch):
+        def measure(found, volume):
+            if volume is maps[5].volume:
+                raise ValueError("odd")
+            return gather(found, volume)
+
+        monkeypatch.setattr(pipeline, "gather", measure)
+        maps = list(self.maps(20))
+        results = extract_maps(iter(maps), make_recipe("95%"), backend)
+        assert [next(results).labels.shape for _ in range(5)] == [(12, 14, 16)] * 5
+        with pytest.raises(ValueError, match="odd"):
+            next(results)
+        assert list(results) == []
 
 
 class TestPopulationsAndMasks:

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, Protocol, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from gpuroi.errors import BackendUnavailableError, UnknownBackendError
 from gpuroi.types import Array, Connectivity, FloatArray, Tail
@@ -42,6 +42,25 @@ class LabelledVoxels:
     index: NDArray[np.int64]
     label: NDArray[np.int32]
     n_regions: int
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Memory of the host that a batch is put together in, on its way to a device.
+
+    Attributes
+    ----------
+    host : array (B, X, Y, Z)
+        To be filled, by several threads if there are. Volumes lie in it as they do in most files,
+        x fastest, so that filling it turns nothing.
+    send : callable
+        ``send(n)`` begins to copy the first n volumes and returns a function that gives what
+        `Backend.to_device` would: to be called once, when they are needed; until then the device
+        does other work. It raises `MemoryError` where there is no room for them.
+    """
+
+    host: NDArray[Any]
+    send: Callable[[int], Callable[[], Array]]
 
 
 class Backend(Protocol):
@@ -100,18 +119,18 @@ class Backend(Protocol):
             The CPU backend returns `host` itself, in the memory layout that it has.
         """
 
-    def upload(self, host: NDArray[np.generic]) -> Callable[[], Array]:
-        """Begin to copy `host`, and return a function that gives what `to_device` would.
+    def staging(self, shape: tuple[int, int, int, int], dtype: DTypeLike) -> Staging:
+        """Return memory to put a batch together in, from which the device copies it.
 
         Parameters
         ----------
-        host : array of any shape and real dtype
-            May change once this has returned.
+        shape : four ints
+            (B, X, Y, Z): B is the most volumes that will be sent.
+        dtype : real dtype
 
         Returns
         -------
-        callable
-            To be called once, when the array is needed: until then the device does other work.
+        Staging
         """
 
     def to_host(self, array: Array) -> Any:

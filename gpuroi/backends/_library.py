@@ -64,10 +64,16 @@ class LibraryVerbs:
         min_voxels: int,
     ) -> tuple[Array, Array]:
         """See `gpuroi.backends.Backend.components`."""
-        index, label, counts = self._regions(maps, cutoffs, tail, connectivity, min_voxels)
-        labels = self._xp.zeros(maps.shape, self._xp.int32)
-        labels.ravel()[index] = label
-        return labels, counts
+        xp = self._xp
+        labels = xp.zeros(maps.shape, xp.int32)
+        counts = []
+        for piece in _pieces(maps):
+            index, label, n = self._regions(
+                maps[piece], cutoffs[piece], tail, connectivity, min_voxels
+            )
+            labels[piece].ravel()[index] = label
+            counts.append(n)
+        return labels, counts[0] if len(counts) == 1 else xp.concatenate(counts)
 
     def component_voxels(
         self,
@@ -78,6 +84,20 @@ class LibraryVerbs:
         min_voxels: int,
     ) -> list[LabelledVoxels]:
         """See `gpuroi.backends.Backend.component_voxels`."""
+        return [
+            found
+            for piece in _pieces(maps)
+            for found in self._voxels(maps[piece], cutoffs[piece], tail, connectivity, min_voxels)
+        ]
+
+    def _voxels(
+        self,
+        maps: Array,
+        cutoffs: FloatArray,
+        tail: Tail,
+        connectivity: Connectivity,
+        min_voxels: int,
+    ) -> list[LabelledVoxels]:
         found = self._regions(maps, cutoffs, tail, connectivity, min_voxels)
         index, label, counts = (self._to_host(array) for array in found)  # waits
         n_voxels = math.prod(maps.shape[1:])
@@ -99,31 +119,6 @@ class LibraryVerbs:
     ) -> tuple[Array, Array, Array]:
         """Return the flat indices in the batch of all regions' voxels, their labels, the counts."""
         xp = self._xp
-        n_voxels = math.prod(maps.shape[1:])
-        at_once = _MAX_VOXELS // max(1, n_voxels)
-        if at_once == 0:
-            raise ValueError(f"a volume of {n_voxels} voxels is too large for 32-bit labels.")
-        pieces = []
-        for b in range(0, max(1, len(maps)), at_once):
-            piece = slice(b, b + at_once)
-            index, label, counts = self._label_batch(
-                maps[piece], cutoffs[piece], tail, connectivity, min_voxels
-            )
-            pieces.append((index + b * n_voxels, label, counts))
-        if len(pieces) == 1:
-            return pieces[0]
-        indices, labels, all_counts = zip(*pieces, strict=True)
-        return xp.concatenate(indices), xp.concatenate(labels), xp.concatenate(all_counts)
-
-    def _label_batch(
-        self,
-        maps: Array,
-        cutoffs: FloatArray,
-        tail: Tail,
-        connectivity: Connectivity,
-        min_voxels: int,
-    ) -> tuple[Array, Array, Array]:
-        xp = self._xp
         # No links along the batch axis: one call labels every volume on its own.
         structure = np.zeros((3, 3, 3, 3), bool)
         structure[1] = neighbourhood(connectivity)
@@ -139,19 +134,28 @@ class LibraryVerbs:
         # From here on the foreground alone; a component is an entry of `sizes` and `first`.
         index = xp.flatnonzero(component)  # waits
         own = component.ravel()[index] - 1
-        sizes = xp.bincount(own, minlength=n_components)
+        sizes = self._count(own, n_components)
         first = xp.full(n_components, _MAX_VOXELS, xp.int32)
         xp.minimum.at(first, own, index.astype(xp.int32))
         large = xp.flatnonzero(sizes >= min_voxels)  # waits
         large = large[xp.argsort(first[large])]
         volume = first[large] // max(1, math.prod(maps.shape[1:]))
-        counts = xp.bincount(volume, minlength=len(maps)).astype(xp.int32)
+        counts = self._count(volume, len(maps))
         before = xp.cumsum(counts) - counts
         label_of = xp.zeros(n_components, xp.int32)
         label_of[large] = (xp.arange(large.size) - before[volume] + 1).astype(xp.int32)
         label = label_of[own]
         kept = label > 0
         return index[kept].astype(xp.int64), label[kept], counts
+
+    def _count(self, numbers: Array, n: int) -> Array:
+        """Return how often each number below `n` occurs, int32.
+
+        Unlike bincount, whose histogram of many bins may ask a device for gigabytes to work in.
+        """
+        counts = self._xp.zeros(n, self._xp.int32)
+        self._xp.add.at(counts, numbers, self._xp.ones(numbers.shape, self._xp.int32))
+        return counts
 
     def smooth(self, maps: Array, sigma_voxels: tuple[float, float, float]) -> Array:
         """See `gpuroi.backends.Backend.smooth`."""
@@ -204,6 +208,15 @@ class LibraryVerbs:
 
     def _to_host(self, array: Array) -> Any:
         return array.get() if hasattr(array, "get") else array  # waits
+
+
+def _pieces(maps: Array) -> list[slice]:
+    """Return the parts of a batch that 32-bit indices suffice for; of an empty one, itself."""
+    n_voxels = math.prod(maps.shape[1:])
+    at_once = _MAX_VOXELS // max(1, n_voxels)
+    if at_once == 0:
+        raise ValueError(f"a volume of {n_voxels} voxels is too large for 32-bit labels.")
+    return [slice(b, b + at_once) for b in range(0, max(1, len(maps)), at_once)]
 
 
 def _largest(integers: Array) -> Any:

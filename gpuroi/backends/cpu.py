@@ -3,15 +3,14 @@
 import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import scipy  # which loads its parts when they are first used
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from gpuroi.backends import LabelledVoxels
+from gpuroi.backends import LabelledVoxels, Staging
 from gpuroi.backends._numbering import number_by_first_voxel
 from gpuroi.backends._runs import label_runs
 from gpuroi.backends._select import order_statistic
@@ -58,9 +57,11 @@ class CpuBackend:
         """See `gpuroi.backends.Backend.to_device`; any memory layout will do."""
         return host
 
-    def upload(self, host: NDArray[np.generic]) -> Callable[[], NDArray[np.generic]]:
-        """See `gpuroi.backends.Backend.upload`."""
-        return lambda: host
+    def staging(self, shape: tuple[int, int, int, int], dtype: DTypeLike) -> Staging:
+        """See `gpuroi.backends.Backend.staging`."""
+        n, x, y, z = shape
+        host = np.empty((n, z, y, x), dtype).transpose(0, 3, 2, 1)
+        return Staging(host, lambda n: lambda: host[:n])
 
     def to_host(self, array: NDArray[np.generic]) -> NDArray[np.generic]:
         """See `gpuroi.backends.Backend.to_host`."""

@@ -10,12 +10,12 @@ import os
 from collections.abc import Callable, Mapping
 from itertools import islice
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from gpuroi.backends import LabelledVoxels
+from gpuroi.backends import LabelledVoxels, Staging
 from gpuroi.backends._kernels import KernelVerbs
 from gpuroi.backends._library import LibraryVerbs
 from gpuroi.backends._uploads import PinnedUploads
@@ -29,8 +29,8 @@ VERBS = ("order_statistics", "components", "smooth", "local_maxima")
 #: The verbs whose kernels a recorded run on a GPU has shown identical and faster: none so far.
 PROVEN: frozenset[str] = frozenset()
 
-# 70 maps at 2 mm: enough work for every launch.
-_MOST_BATCH_BYTES = 256 * 2**20
+# 18 maps at 2 mm: enough work for every launch, and little for the end of a series to wait for.
+_MOST_BATCH_BYTES = 64 * 2**20
 # The library's verbs need up to this many times the memory of the maps.
 _BYTES_A_BYTE = 24
 
@@ -111,6 +111,16 @@ def environments() -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in islice(names, n_devices)]
 
 
+class Uploads(Protocol):
+    """Copies to the device, as `PinnedUploads` makes them."""
+
+    def __call__(self, host: NDArray[np.generic]) -> Callable[[], Array]:
+        """Begin to copy `host`, and return a function that gives the device's array."""
+
+    def staging(self, shape: tuple[int, int, int, int], dtype: DTypeLike) -> Staging:
+        """See `gpuroi.backends.Backend.staging`."""
+
+
 class CudaBackend:
     """Every verb on the whole batch, by the object that `verbs` names for it.
 
@@ -124,8 +134,8 @@ class CudaBackend:
         What hardware.
     packages : mapping
         Versions that decide the result, besides NumPy's and SciPy's.
-    uploads : callable
-        Begins to copy an array of the host, and returns a function that gives the device's.
+    uploads : Uploads
+        Copies what lies on the host.
     free_bytes : callable
         Says how much memory is free.
     """
@@ -139,7 +149,7 @@ class CudaBackend:
         *,
         device: str,
         packages: Mapping[str, str],
-        uploads: Callable[[NDArray[np.generic]], Callable[[], Array]],
+        uploads: Uploads,
         free_bytes: Callable[[], int],
     ) -> None:
         self.xp = xp
@@ -163,13 +173,13 @@ class CudaBackend:
         """See `gpuroi.backends.Backend.versions`."""
         return self._versions
 
-    def upload(self, host: NDArray[np.generic]) -> Callable[[], Array]:
-        """See `gpuroi.backends.Backend.upload`."""
-        return self._uploads(host)
+    def staging(self, shape: tuple[int, int, int, int], dtype: DTypeLike) -> Staging:
+        """See `gpuroi.backends.Backend.staging`."""
+        return self._uploads.staging(shape, dtype)
 
     def to_device(self, host: NDArray[np.generic]) -> Array:
         """See `gpuroi.backends.Backend.to_device`."""
-        return self.upload(host)()
+        return self._uploads(host)()
 
     def to_host(self, array: Array) -> Any:
         """See `gpuroi.backends.Backend.to_host`."""

@@ -1,8 +1,9 @@
 """One process a device: it takes batches from the processes that decode, and says what it found.
 
-Volumes come through shared memory, to which the decoders' processes write them in C order; what was
-found, a few percent of them, goes back through a pipe. Only the copy to the device and the steps of
-the backend run here: measuring, compressing and writing are the decoders' again, side by side.
+Volumes come through shared memory, to which the decoders' processes write them as they lie in
+files; what was found, a few percent of them, goes back through a pipe. Only the copy to the device
+and the steps of the backend run here: measuring, compressing and writing are the decoders' again,
+side by side.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.connection import Connection, wait
@@ -29,7 +31,7 @@ from gpuroi.errors import (
     DeviceMemoryError,
     InvalidMapError,
 )
-from gpuroi.pipeline import Finder, Found, Prepared, Upload, stacked
+from gpuroi.pipeline import COPIERS, Finder, Found, Prepared, Upload
 from gpuroi.recipe import Recipe
 
 # Batches on their way to the device or on it: one is copied while the other is worked on.
@@ -67,10 +69,15 @@ class _Request:
 
     name: str
     affine: NDArray[np.float64]
-    shape: tuple[int, ...]  # (B, X, Y, Z)
+    shape: tuple[int, int, int, int]  # (B, X, Y, Z)
     dtype: str
     new_bytes: int = 0  # size of the shared memory that comes behind; 0: of the latest
     volumes: NDArray[Any] | None = None  # where memory cannot be shared
+
+    def volumes_in(self, memory: mmap.mmap) -> NDArray[Any]:
+        """Return the volumes that lie in `memory`, x fastest, as in files."""
+        n, x, y, z = self.shape
+        return np.ndarray((n, z, y, x), self.dtype, memory).transpose(0, 3, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,8 @@ class RemoteFinder:
             if hasattr(os, "memfd_create"):
                 self._share(request, batch)
             else:
-                self._connection.send(replace(request, volumes=stacked(batch)))
+                volumes = np.stack([prepared.volume for prepared in batch])
+                self._connection.send(replace(request, volumes=volumes))
         except OSError as error:
             raise DeviceLostError(_ENDED) from error
         found: list[Found] = self._answer()
@@ -183,7 +191,7 @@ class RemoteFinder:
             os.ftruncate(memory, n_bytes)
             self._shared = mmap.mmap(memory, n_bytes)
         try:
-            volumes = np.ndarray(request.shape, request.dtype, self._shared)
+            volumes = request.volumes_in(self._shared)
             for volume, prepared in zip(volumes, batch, strict=True):
                 volume[...] = prepared.volume
             self._connection.send(replace(request, new_bytes=n_bytes if memory else 0))
@@ -210,7 +218,7 @@ class _Client:
     connection: Connection
     shared: mmap.mmap | None = None
 
-    def host(self, request: _Request) -> NDArray[Any]:
+    def volumes(self, request: _Request) -> NDArray[Any]:
         """Return the volumes of `request`, in the memory of the process that asks."""
         if request.volumes is not None:
             return request.volumes
@@ -222,7 +230,7 @@ class _Client:
             finally:
                 os.close(memory)
         assert self.shared is not None
-        return np.ndarray(request.shape, request.dtype, self.shared)
+        return request.volumes_in(self.shared)
 
     def answer(self, what: Any) -> None:
         with contextlib.suppress(OSError):  # it has died; the next wait finds out
@@ -245,6 +253,7 @@ class _Consumption:
         self._recipe = recipe
         self._clients: dict[Any, _Client] = {}
         self._waiting: deque[_Waiting] = deque()
+        self._copiers = ThreadPoolExecutor(COPIERS)
 
     @cached_property
     def _finder(self) -> Finder:
@@ -277,13 +286,20 @@ class _Consumption:
             if request is None:
                 client.answer(self._device())
                 return
-            host = client.host(request)
+            volumes = client.volumes(request)
             # No voxels: the finder keeps the grid that its masks are on.
             nothing = np.broadcast_to(np.zeros(1, request.dtype), request.shape[1:])
             source = io.Map(request.name, nothing, request.affine, None)
-            self._waiting.append(_Waiting(client, source, self._finder.begin(host)))
+            self._waiting.append(_Waiting(client, source, self._begin(volumes)))
         except Exception as error:  # the process that asks knows whose failure it is
             client.answer(error)
+
+    def _begin(self, volumes: NDArray[Any]) -> Upload:
+        """Begin to copy a batch to the device, from memory that it reads while it computes."""
+        staging = self._finder.staging(volumes.shape, volumes.dtype)
+        for _ in self._copiers.map(np.copyto, staging.host, volumes):
+            pass
+        return self._finder.begin(staging, len(volumes))
 
     def _device(self) -> Device:
         finder, backend = self._finder, self._finder.computed_by

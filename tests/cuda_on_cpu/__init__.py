@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from gpuroi.backends import Staging
 from gpuroi.backends._kernels import KernelVerbs
 from gpuroi.backends._library import LibraryVerbs
+from gpuroi.backends._uploads import PinnedUploads
+from gpuroi.backends.cpu import CpuBackend
 from gpuroi.backends.cuda import VERBS, CudaBackend
 from tests.cuda_on_cpu.compiler import Fibers, compiler_is_missing
 
@@ -15,14 +18,35 @@ from tests.cuda_on_cpu.compiler import Fibers, compiler_is_missing
 THREADS, ITEMS = 64, 4
 
 
+class Copies:
+    """What `begin` makes of an array of the host, in the place of copies to a GPU."""
+
+    def __init__(self, begin):
+        self._begin = begin
+
+    def __call__(self, host):
+        return self._begin(host)
+
+    def staging(self, shape, dtype):
+        staging = CpuBackend().staging(shape, dtype)
+        return Staging(staging.host, lambda n: self._begin(staging.host[:n]))
+
+
 def on_cpu(verbs, xp=np, uploads=None):
-    """Return a CUDA backend whose device is the memory of the host."""
+    """Return a CUDA backend whose device is the memory of the host.
+
+    `uploads` is a function of an array that returns what gives the copy.
+    """
+    if uploads is None and hasattr(xp, "cuda"):
+        copies = PinnedUploads(xp)
+    else:
+        copies = Copies(uploads or (lambda host: lambda: np.array(host, order="C")))
     return CudaBackend(
         xp,
         dict.fromkeys(VERBS, verbs),
         device="a CPU in the place of a GPU",
         packages={},
-        uploads=uploads or (lambda host: lambda: xp.asarray(np.array(host, order="C"))),
+        uploads=copies,
         free_bytes=lambda: 2**30,
     )
 

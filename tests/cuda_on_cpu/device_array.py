@@ -4,13 +4,15 @@ Its arrays live in the memory of the host, but refuse every silent way there: `f
 iteration, NumPy's functions, NumPy's arrays among operands. Only `get` reads them, and is counted.
 """
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 from scipy import ndimage
 
-_METHODS = {"astype", "reshape", "ravel", "view", "sum", "min", "max", "any", "all", "copy"}
+_METHODS = {"astype", "reshape", "ravel", "view", "transpose"}
+_METHODS |= {"sum", "min", "max", "any", "all", "copy"}
 _ATTRIBUTES = {"shape", "dtype", "size", "ndim", "nbytes", "itemsize"}
 _UPLOADS = {"asarray", "ascontiguousarray", "array"}
 
@@ -27,6 +29,11 @@ class DeviceArray(NDArrayOperatorsMixin):
         """Return a copy on the host; on a device this waits."""
         DeviceArray.n_reads += 1
         return self._host.copy()
+
+    def set(self, host, stream=None):
+        """Fill the array from contiguous memory of the host."""
+        assert host.flags.c_contiguous
+        self._host[...] = host
 
     def __getattr__(self, name):
         if name in _ATTRIBUTES:
@@ -84,8 +91,40 @@ def _on_device(function):
     return run
 
 
+class _Stream(nullcontext):
+    """A stream, and its events: all work is done at once."""
+
+    done = True
+
+    def record(self):
+        return self
+
+    def wait_event(self, event):
+        pass
+
+    synchronize = record
+
+
+class _Cuda:
+    """As much of `cupy.cuda` as uploads use."""
+
+    runtime = SimpleNamespace(CUDARuntimeError=RuntimeError)
+    alloc_pinned_memory = bytearray
+
+    def Stream(self, non_blocking):
+        return _Stream()
+
+    def Device(self):
+        return SimpleNamespace(id=0)
+
+    def get_current_stream(self):
+        return _Stream()
+
+
 class _Namespace:
     """NumPy's functions for device arrays, as CuPy has them."""
+
+    cuda = _Cuda()
 
     def __getattr__(self, name):
         attribute = getattr(np, name)
