@@ -117,3 +117,13 @@ def assert_same_image():
         assert isinstance(ours, type(theirs))
 
     return compare
+
+
+@pytest.fixture
+def cohort(tmp_path, blobs):
+    """Return a folder with twelve maps below two folders."""
+    from tests.cohort_files import save_maps
+
+    names = [f"group-{i % 2}/sub-{i:02d}_tmap.nii.gz" for i in range(12)]
+    save_maps(tmp_path / "maps", names, blobs)
+    return tmp_path / "maps"

@@ -21,8 +21,8 @@ from gpuroi.cohort._consumer import Consumer, RemoteFinder
 from gpuroi.errors import BackendUnavailableError, DeviceLostError, DeviceMemoryError
 from gpuroi.pipeline import Finder, prepare
 from gpuroi.recipe import make_recipe
+from tests.cohort_files import RECIPE, contents, save_maps
 from tests.conftest import image
-from tests.test_cohort import RECIPE, contents, save_maps
 
 
 @pytest.fixture

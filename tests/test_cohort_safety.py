@@ -19,10 +19,8 @@ from gpuroi.cohort import _run, _summary, extract_cohort
 from gpuroi.cohort._ledger import Ledger
 from gpuroi.cohort._processes import CONTEXT, Processes
 from gpuroi.errors import OutputError, WorkerDiedError
+from tests.cohort_files import RECIPE, contents, ledger_of, save_maps
 from tests.conftest import image
-from tests.test_cohort import RECIPE, cohort, contents, ledger_of, save_maps
-
-__all__ = ["cohort"]
 
 OTHER = RECIPE | {"threshold": "95%"}
 
