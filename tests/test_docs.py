@@ -20,6 +20,8 @@ MODULES = [
     if name != "gpuroi.testing"
 ]
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+OUTPUT = "#> "
+REFUSED_CALL = re.compile(r"^\| `(.+?)` \| (\* )?`(.+?)` \|", re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -30,12 +32,30 @@ def test_docstring_examples(name, monkeypatch):
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(p.name for p in ROOT.glob("docs/*.md"))])
-def test_python_blocks_of_pages_run_in_order(page, tmp_path, monkeypatch):
+def test_python_blocks_of_pages_run_in_order(page, tmp_path, monkeypatch, capsys):
+    if page == "guide.md":  # whose output names the backend
+        monkeypatch.setenv("GPUROI_BACKEND", "cpu")
     monkeypatch.chdir(tmp_path)
     path = ROOT / page if page == "README.md" else ROOT / "docs" / page
+    text = path.read_text()
     namespace = {}
-    for block in PYTHON_BLOCK.findall(path.read_text()):
+    for block in PYTHON_BLOCK.findall(text):
         exec(compile(block, str(path), "exec"), namespace)
+        said = [line[len(OUTPUT) :] for line in block.splitlines() if line.startswith(OUTPUT)]
+        assert capsys.readouterr().out.splitlines() == said
+    if page == "guide.md":
+        assert_refused(text, namespace)
+
+
+def assert_refused(text, namespace):
+    """Make the calls of the table of mistakes: each has the message that the table quotes."""
+    refused = REFUSED_CALL.findall(text)
+    assert len(refused) == 15
+    for call, star, message in refused:
+        with pytest.raises((Warning, ValueError, TypeError)) as caught:
+            eval(call, namespace)
+        assert message in str(caught.value)
+        assert isinstance(caught.value, Warning) == bool(star)
 
 
 @pytest.mark.slow
