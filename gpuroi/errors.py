@@ -51,6 +51,10 @@ class FolderInUseError(GpuroiError, RuntimeError):
     """An output folder that another run writes to."""
 
 
+class OutputChangedError(GpuroiError, RuntimeError):
+    """An output that is gone, or no longer as it was written."""
+
+
 class OutputError(GpuroiError, OSError):
     """A disk that nothing can be written to: it is full, or read-only."""
 

@@ -62,7 +62,7 @@ def load_mask(
         raise InvalidMapError(
             f"{name} has {np.unique(inside).size} values besides 0 ({inside.min():g} to "
             f"{inside.max():g}); a mask has one. Binarise it first, for example with "
-            "gpuroi.image.threshold_img."
+            "nilearn.image.binarize_img."
         )
     return is_inside
 

@@ -35,6 +35,11 @@ class Recipe:
     seed_distance_voxels: int = SEED_DISTANCE_VOXELS
     resample_mask: bool = False
 
+    def mask_files(self) -> list[str]:
+        """Return the whole paths of the masks that are files."""
+        masks = [one for one in (self.mask_img, self.population) if isinstance(one, SpatialImage)]
+        return [path for path in map(_where, masks) if Path(path).is_absolute()]
+
     def describe(self) -> dict[str, Any]:
         """Return the parameters by their names, JSON-serialisable: images by the paths they have.
 
@@ -46,8 +51,8 @@ class Recipe:
             "tail": self.tail,
             "population": self.population
             if isinstance(self.population, str)
-            else io.describe(self.population),
-            "mask_img": None if self.mask_img is None else io.describe(self.mask_img),
+            else _where(self.population),
+            "mask_img": None if self.mask_img is None else _where(self.mask_img),
             "method": self.method,
             "connectivity": self.connectivity,
             "min_region_size": self.min_region_size_mm3,
@@ -60,6 +65,12 @@ class Recipe:
                 "seed_distance": self.seed_distance_voxels,
             }
         return asked
+
+
+def _where(mask: ImageLike) -> str:
+    """Return the whole path of a mask; what describes it, of one in memory."""
+    name = io.describe(mask)
+    return str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_file() else name
 
 
 def make_recipe(

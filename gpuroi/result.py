@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _encode = json.JSONEncoder().encode
 _EXTENSION = re.compile(r"\.(nii\.gz|tsv|json)$")
+_VOLUME = re.compile(r"\[\d+\]$")
 _SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
 #: Columns of `Regions.table`.
@@ -184,17 +185,22 @@ class Regions:
         Raises
         ------
         ValueError
-            If `prefix` is a folder, and no name in it.
+            If `prefix` is a folder, and no name in it, or the map itself would be replaced.
         OSError
             If a file cannot be written.
         """
         from gpuroi import io
 
         prefix = without_extension(prefix)
-        paths = {}
-        for kind, (extension, content) in self.files().items():
-            paths[kind] = Path(f"{prefix}{extension}")
-            paths[kind].parent.mkdir(parents=True, exist_ok=True)
+        files = self.files()
+        paths = {kind: Path(f"{prefix}{extension}") for kind, (extension, _) in files.items()}
+        source = _VOLUME.sub("", self.provenance["source"])
+        if paths["labels"].exists() and os.path.realpath(paths["labels"]) == os.path.realpath(
+            source
+        ):
+            raise ValueError(f"{source} is the map itself; pass a prefix of another name.")
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        for kind, (_, content) in files.items():
             io.write_bytes(content, paths[kind])
         return paths
 

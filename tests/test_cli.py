@@ -289,7 +289,7 @@ class TestMasks:
         succeed("extract", "m.nii", *options, "-o", "out")
         provenance = json.loads(Path("out/m_desc-regions_dseg.json").read_text())
         assert (provenance["percentile_score"], provenance["voxels_ranked"]) == (5.0, 27)
-        assert provenance["parameters"]["population"] == "mask.nii"
+        assert provenance["parameters"]["population"] == str(Path("mask.nii").absolute())
 
     def test_another_grid_must_be_asked_for(self):
         mask = np.zeros((6, 6, 6), np.uint8)
@@ -1160,7 +1160,9 @@ class TestReport:
         assert written() == outputs("a", "b")
 
     def test_again_replaces_it(self):
-        Path("out").mkdir()
+        for threshold in (5, 3):
+            succeed("extract", write_map("a.nii"), *BOTH, "--threshold", threshold, "-o", "out")
+        assert not Path("out/report.html").exists()
         Path("out/report.html").write_text("old")
         succeed("extract", write_map("a.nii"), *BOTH, "-o", "out", report=True)
         assert Path("out/report.html").read_text().startswith("<!DOCTYPE html>")

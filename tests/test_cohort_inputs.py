@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuroi.cohort import find_maps
+from gpuroi.cohort import _discover, find_maps
 
 
 class TestDiscovery:
@@ -45,6 +45,26 @@ class TestDiscovery:
 
         monkeypatch.setattr(os, "walk", forbidden)
         with pytest.raises(ValueError, match=r"tree/sub cannot be looked into \(Permission denied"):
+            find_maps([tree])
+
+    def test_a_list_in_a_list_is_told_by_the_name_of_the_list(self, tree):
+        Path("maps.txt").write_text("tree/b.nii\n@other.txt\n")
+        with pytest.raises(ValueError, match=r"maps\.txt: @other\.txt is a list in a list"):
+            find_maps(["@maps.txt"])
+
+    def test_a_map_without_a_name_is_told(self, tree):
+        (tree / "named").mkdir()
+        (tree / "named" / ".nii.gz").touch()
+        with pytest.raises(
+            ValueError, match=r"\.nii\.gz has no name that its outputs could be cal"
+        ):
+            find_maps(["tree/named/.nii.gz"])
+
+    def test_names_that_differ_by_case_alone(self, tree, monkeypatch):
+        (tree / "B.nii").touch()
+        assert self.stems(tree) == ["B", "a", "b", "sub/a"]
+        monkeypatch.setattr(_discover, "_NAMES_IGNORE_CASE", True)
+        with pytest.raises(ValueError, match="would both write"):
             find_maps([tree])
 
     def test_links_to_folders_are_followed_once(self, tree):

@@ -1,6 +1,7 @@
 """Cohorts: what is not to be lost, whoever wrote it, and what is not to be believed."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import joblib
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -18,7 +20,7 @@ import gpuroi
 from gpuroi.cohort import _run, _summary, extract_cohort
 from gpuroi.cohort._ledger import Ledger
 from gpuroi.cohort._processes import CONTEXT, Processes
-from gpuroi.errors import OutputError, WorkerDiedError
+from gpuroi.errors import OutputChangedError, WorkerDiedError
 from tests.cohort_files import RECIPE, contents, ledger_of, save_maps
 from tests.conftest import image
 
@@ -47,16 +49,79 @@ class TestFilesOfOthers:
             run(paths, out)
         assert contents(tmp_path / "m") == before
 
-    @pytest.mark.parametrize("name", ["regions.tsv", "overlap.nii.gz", "failures.tsv"])
-    def test_nothing_that_gpuroi_has_not_written(self, cohort, tmp_path, name):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / name).write_text("theirs")
+    def test_nor_one_that_a_link_leads_to(self, tmp_path, blobs):
+        (path,) = save_maps(tmp_path / "out", ["x_desc-regions_dseg.nii.gz"], blobs)
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / "x.nii.gz").symlink_to(path)
+        with pytest.raises(ValueError, match=r"m/x\.nii\.gz would be replaced by an output"):
+            run(tmp_path / "m", tmp_path / "out")
+        (theirs,) = save_maps(tmp_path / "m2" / "sub", ["a_desc-regions_dseg.nii.gz"], blobs)
+        save_maps(tmp_path / "m3" / "sub", ["a.nii.gz"], blobs)
+        (tmp_path / "out" / "sub").symlink_to(theirs.parent)
+        with pytest.raises(ValueError, match="would be replaced by an output"):
+            run([tmp_path / "m3", theirs], tmp_path / "out")
+
+    def test_nor_a_mask(self, cohort, tmp_path):
+        mask = tmp_path / "out" / "group-0" / "sub-00_tmap_desc-regions_dseg.nii.gz"
+        mask.parent.mkdir(parents=True)
+        nib.save(image(np.ones((12, 13, 14), np.uint8)), mask)
+        for parameter in ("mask_img", "population"):
+            with pytest.raises(ValueError, match=r"dseg\.nii\.gz would be replaced by an output"):
+                run(cohort, tmp_path / "out", RECIPE | {parameter: mask})
+
+    @pytest.mark.parametrize(
+        "name", ["regions.tsv", "overlap.nii.gz", "failures.tsv", "report.html"]
+    )
+    @pytest.mark.parametrize("dangling", [False, True])
+    def test_nothing_that_gpuroi_has_not_written(self, cohort, tmp_path, name, dangling):
+        path = tmp_path / "out" / name
+        path.parent.mkdir()
+        if dangling:  # as git-annex leaves it where there is no content
+            path.symlink_to("not-fetched")
+        else:
+            path.write_text("theirs")
         with pytest.raises(ValueError, match=f"{name} is there already, and not of gpuroi"):
             run(cohort, tmp_path / "out")
-        assert (tmp_path / "out" / name).read_text() == "theirs"
-        (tmp_path / "out" / name).unlink()
+        assert path.is_symlink() or path.read_text() == "theirs"
+        path.unlink()
         for _ in range(2):  # of gpuroi's, everything is replaced
             assert len(run(cohort, tmp_path / "out").maps) == 12
+
+    def test_no_description_that_is_not_there_to_be_read(self, cohort, tmp_path):
+        path = tmp_path / "out" / "dataset_description.json"
+        path.parent.mkdir()
+        path.symlink_to("not-fetched")
+        run(cohort, tmp_path / "out")
+        assert path.is_symlink()
+
+    def test_what_a_person_adds_to_the_description_stays(self, cohort, tmp_path):
+        path = run(cohort, tmp_path / "out").summary["description"]
+        described = json.loads(path.read_text())
+        path.write_text(json.dumps(described | {"Name": "mine", "License": "CC0"}))
+        run(cohort, tmp_path / "out", OTHER)
+        assert json.loads(path.read_text()) == described | {"Name": "mine", "License": "CC0"}
+
+    def test_no_results_that_were_saved_by_hand_before_they_are_replaced(self, tmp_path, blobs):
+        names = [f"m{number}.nii.gz" for number in range(4)]
+        out = tmp_path / "out"
+        for path in save_maps(tmp_path / "m", names, blobs):
+            regions = gpuroi.extract_regions(path, "80%")
+            regions.save(out / f"{path.name[:2]}_desc-regions_dseg")
+            regions.save(out / f"{path.name[:2]}_vol-0001_desc-regions_dseg")
+        for path in out.iterdir():
+            os.utime(path, (0, 0))
+
+        def stop(progress):
+            if progress.latest is not None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "m", out, on_progress=stop)
+        (tmp_path / "m" / "m3.nii.gz").write_bytes(b"damaged")
+        run(tmp_path / "m", out)
+        kept = {name[:11] for name in contents(out) if name.endswith("dseg.tsv")}
+        assert kept >= {f"m{number}_vol-0001" for number in range(4)}
+        assert (out / "m3_desc-regions_dseg.tsv").exists()
 
     def test_temporary_files_of_other_shards(self, cohort, tmp_path):
         theirs = tmp_path / "out" / "group-0" / ".sub-02_tmap_desc-regions_dseg.tsv.1-0a1b2c3d.tmp"
@@ -193,7 +258,9 @@ class TestShards:
             return write_summary(*arguments)
 
         monkeypatch.setattr(_run, "write_summary", too_late)
-        with pytest.raises(OutputError, match="_dseg has changed since it was written"):
+        with pytest.raises(
+            OutputChangedError, match="_dseg is gone, or not as it was written; run"
+        ):
             run(cohort, out)
 
 
@@ -217,11 +284,11 @@ class TestSummaries:
 
     def test_a_failure_is_a_line(self, tmp_path, blobs):
         save_maps(tmp_path / "m", ["a.nii.gz"], blobs)
-        names = [tmp_path / "m" / "a.nii.gz", tmp_path / "m" / "no\nsuch\tmap.nii"]
+        names = [tmp_path / "m" / "a.nii.gz", tmp_path / "m" / "no\nsuch\t  ma  p.nii"]
         report = run(names, tmp_path / "out")
         (header, row) = report.summary["failures"].read_text().splitlines()
         assert header == "source\terror\tmessage"
-        assert row.split("\t")[:2] == [f"{tmp_path}/m/no such map.nii", "InvalidMapError"]
+        assert row.split("\t")[:2] == [f"{tmp_path}/m/no such ma  p.nii", "InvalidMapError"]
 
     def test_failures_of_a_run_before_go_when_one_begins(self, cohort, tmp_path):
         def stop(progress):
@@ -275,6 +342,22 @@ class TestParameters:
 
 
 class TestProcesses:
+    @pytest.mark.parametrize("kind", ["fork", "spawn", "loky"])
+    def test_there_are_none_in_a_process_of_a_pool(self, cohort, tmp_path, kind):
+        where = (str(cohort), str(tmp_path / "out"))
+        if kind == "loky":
+            (n_done,) = joblib.Parallel(2)(joblib.delayed(_n_done)(*one) for one in [where])
+        else:
+            with multiprocessing.get_context(kind).Pool(1) as pool:
+                n_done = pool.apply(_n_done, where)
+        assert n_done == 12
+
+    @pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="signals without names")
+    def test_one_may_be_ended_by_a_signal_without_a_name(self):
+        with Processes(1, str, ()) as engine:
+            ((_, death),) = engine.run(_end_by_signal, [(int(signal.SIGRTMIN) + 2,)])
+        assert str(death).endswith(f"ended (signal {signal.SIGRTMIN + 2}).")
+
     def test_the_main_module_is_back_whoever_else_starts_processes(self):
         main_module = sys.modules["__main__"]
 
@@ -303,6 +386,15 @@ class TestProcesses:
             list(engine.run(_nothing, [(1,)]))
         assert blocked == [True]
         assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def _n_done(inputs, out):
+    return extract_cohort(inputs, out, RECIPE, jobs=2).n_done
+
+
+def _end_by_signal(tools, unit):
+    os.kill(os.getpid(), unit[0])
+    time.sleep(10)
 
 
 def _nothing(tools, unit):

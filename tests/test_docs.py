@@ -20,7 +20,7 @@ MODULES = [
     if name != "gpuroi.testing"
 ]
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-OUTPUT = "#> "
+OUTPUT = "# > "
 REFUSED_CALL = re.compile(r"^\| `(.+?)` \| (\* )?`(.+?)` \|", re.MULTILINE)
 
 

@@ -957,6 +957,17 @@ class TestSave:
             "a_dseg.tsv",
         ]
 
+    def test_the_map_itself_is_not_replaced(self, tmp_path):
+        path = tmp_path / "a.nii.gz"
+        nib.save(nib.Nifti1Image(np.stack([DATA, DATA], axis=-1), AFFINE), path)
+        before = path.read_bytes()
+        (tmp_path / "link.nii.gz").symlink_to(path)
+        for regions in (gpuroi.extract_regions(path, 1e6), gpuroi.extract_regions([path], 1e6)):
+            for prefix in ("a", "a.nii.gz", "link"):
+                with pytest.raises(ValueError, match=r"a\.nii\.gz is the map itself"):
+                    regions[0].save(tmp_path / prefix)
+        assert path.read_bytes() == before
+
     @pytest.mark.parametrize("prefix", ["", "/", "/new/", "/.."])
     def test_a_folder_is_no_prefix(self, regions, tmp_path, prefix):
         with pytest.raises(ValueError, match="is a folder; add what the names of the files begin"):

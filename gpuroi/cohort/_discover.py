@@ -4,9 +4,11 @@ import glob
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,15 @@ from gpuroi.errors import MissingExtraError
 _EXTENSION = re.compile(r"(\.(nii|img|hdr)(\.gz|\.bz2)?|\.mg[hz])$", re.IGNORECASE)
 _VOLUME = re.compile(r"_vol-\d{4,}$")
 _IN_FOLDERS = (".nii", ".nii.gz")
+_NAMES_IGNORE_CASE = sys.platform in ("win32", "darwin")
 
 #: A folder with this file is a BIDS dataset.
 DESCRIPTION = "dataset_description.json"
 
 # Removed when a run begins, as they are not of what will be there.
 _ABOUT_ALL = ("overlap.nii.gz", "regions.tsv", "failures.tsv")
-_SUMMARIES = (*_ABOUT_ALL, DESCRIPTION, "report.html")
+PAGE = "report.html"
+_SUMMARIES = (*_ABOUT_ALL, DESCRIPTION, PAGE)
 
 #: Suffixes of BIDS derivatives that are statistical maps.
 MAP_SUFFIXES = ("statmap", "tmap", "zmap", "effect", "stat")
@@ -181,6 +185,8 @@ def _told_apart(maps: list[MapFile], in_folders: Set[str]) -> list[MapFile]:
     if len({stem for stem, _ in first_of}) == len(first_of):
         return maps
     top = common_folder([os.path.dirname(one.source) for one in first_of.values()])
+    if top is None:  # on several drives
+        return maps
     named_once = set(first_of.values())
     return [_below(top, one) if one in named_once else one for one in maps]
 
@@ -203,11 +209,10 @@ def _listed(path: str) -> Iterator[tuple[MapFile, bool]]:
             raise ValueError(f"{path}: {entry} is a list in a list; name its maps, or both lists.")
         if entry and not entry.startswith("#"):
             # Among many lines, one that names nothing is a map that fails, whatever it looks like.
-            path = os.path.expanduser(entry)
-            is_something = os.path.exists(path) or glob.has_magic(entry)
-            yield from (list(_named_by(entry)) if is_something else []) or [
-                (_one_file(path), False)
-            ]
+            named = os.path.expanduser(entry)
+            is_something = os.path.exists(named) or glob.has_magic(entry)
+            found = list(_named_by(entry)) if is_something else []
+            yield from found or [(_one_file(named), False)]
 
 
 def _in_folder(folder: str) -> Iterator[MapFile]:
@@ -247,23 +252,28 @@ def _refuse(error: OSError) -> None:
     ) from error
 
 
-def refuse_to_replace(folder: Path, maps: list[MapFile]) -> None:
-    """Raise `ValueError` if a map lies where an output goes, or somebody else's file does."""
-    root = os.path.realpath(folder)
+def refuse_to_replace(folder: Path, maps: list[MapFile], masks: Iterable[str] = ()) -> None:
+    """Raise `ValueError` if an output would take the place of a map, a mask, or a file of others.
+
+    Files are told by where they really are, whatever links lead there.
+    """
     real = cache(os.path.realpath)  # of folders, which hold many maps each
-    stems = {one.stem for one in maps}
+    written: dict[str, set[str]] = {}
     for one in maps:
-        parent, name = os.path.split(one.source)
-        if not f"{real(parent)}{os.sep}".startswith(f"{root}{os.sep}"):
-            continue
-        inside = os.path.relpath(real(parent), root).replace(os.sep, "/")
-        prefix = "" if inside == "." else f"{inside}/"
-        is_summary = not prefix and name in _SUMMARIES
-        if is_summary or not stems.isdisjoint(prefix + stem for stem in stems_of_output(name)):
-            raise ValueError(f"{one.path} would be replaced by an output; write to another folder.")
+        below, _, name = one.stem.rpartition("/")
+        written.setdefault(real(os.path.join(folder, below)), set()).add(name)
+    for path in chain((one.source for one in maps), masks):
+        parent, name = os.path.split(path)
+        place = os.path.join(real(parent), name)
+        if os.path.islink(place):
+            place = os.path.realpath(place)
+        parent, name = os.path.split(place)
+        is_summary = name in _SUMMARIES and parent == real(str(folder))
+        if is_summary or not written.get(parent, set()).isdisjoint(stems_of_output(name)):
+            raise ValueError(f"{path} would be replaced by an output; write to another folder.")
     if not (folder / LEDGER_FOLDER).is_dir():
-        for name in _ABOUT_ALL:
-            if (folder / name).exists():
+        for name in (*_ABOUT_ALL, PAGE):
+            if os.path.lexists(folder / name):
                 raise ValueError(
                     f"{folder / name} is there already, and not of gpuroi, which has no "
                     f"{LEDGER_FOLDER} there; move it away, or write to another folder."
@@ -277,23 +287,23 @@ def _is_output(folder: str, name: str) -> bool:
     )
 
 
-def common_folder(folders: Sequence[str]) -> str:
-    """Return the folder that all `folders` are in."""
+def common_folder(folders: Sequence[str]) -> str | None:
+    """Return the folder that all `folders` are in; None if they are on several drives."""
     try:
         return os.path.commonpath(folders)
-    except ValueError:  # on several drives
-        return min(folders)
+    except ValueError:
+        return None
 
 
 def is_dataset(folder: str | os.PathLike[str]) -> bool:
     """Return whether a folder is a BIDS dataset that somebody else than gpuroi has described."""
+    if not os.path.lexists(os.path.join(folder, DESCRIPTION)):
+        return False
     try:
         described = json.loads(Path(folder, DESCRIPTION).read_text("utf-8"))
         makers = [maker["Name"] for maker in described.get("GeneratedBy", [])]
-    except OSError:
-        return False
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return True  # badly described
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return True  # badly described, or not to be read
     return makers != ["gpuroi"]
 
 
@@ -358,14 +368,17 @@ def _refuse_collisions(maps: list[MapFile]) -> None:
     """Raise `ValueError` if two maps, or volumes of them, could be written to one place."""
     by_stem: dict[str, str] = {}
     for one in maps:
-        if one.stem in by_stem:
-            both = os.path.dirname(by_stem[one.stem]) == os.path.dirname(one.path)
+        if not one.stem.rpartition("/")[2]:
+            raise ValueError(f"{one.path} has no name that its outputs could be called after.")
+        stem = one.stem.casefold() if _NAMES_IGNORE_CASE else one.stem
+        if stem in by_stem:
+            both = os.path.dirname(by_stem[stem]) == os.path.dirname(one.path)
             hint = "leave one of them out, or " if both else ""
             raise ValueError(
-                f"{by_stem[one.stem]} and {one.path} would both write "
+                f"{by_stem[stem]} and {one.path} would both write "
                 f"{one.stem}_desc-regions_dseg.nii.gz; {hint}extract them into separate folders."
             )
-        by_stem[one.stem] = one.path
+        by_stem[stem] = one.path
     for stem, path in by_stem.items():
         series = _VOLUME.sub("", stem)
         if series != stem and series in by_stem:

@@ -1,11 +1,11 @@
 """What has been done: one line a map, appended by one process, read back by the next run."""
 
+import contextlib
 import errno
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -66,7 +66,7 @@ class Record:
 _FIELDS = tuple(field.name for field in fields(Record))
 
 
-@contextmanager
+@contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Turn errors of a disk that is full or read-only, on which nothing else fares better either.
 
@@ -93,6 +93,9 @@ class Ledger:
         The newest record of each source, this run's included.
     owners : dict
         The newest record of each stem that is done: whose outputs are there.
+    unended : dict
+        Stems of maps that an earlier run began, and was killed before their records were written;
+        and when it began them, in ns.
     """
 
     def __init__(self, folder: Path, shard: tuple[int, int] | None) -> None:
@@ -104,9 +107,11 @@ class Ledger:
         self._lock = _lock(self._path)
         self._reserve = self._path.with_suffix(".reserve")
         self._stream: IO[bytes] | None = None
+        self._begun: IO[bytes] | None = None
         self._latest_ns = 0
         self.records: dict[str, Record] = {}
         self.owners: dict[str, Record] = {}
+        self.unended: dict[str, int] = {}
 
     def __enter__(self) -> "Ledger":
         with FileLock(self._path.with_name("gate.lock")):
@@ -139,17 +144,18 @@ class Ledger:
                 if written.read() != b"\n":  # a run was killed in the middle of a line
                     self._stream.write(b"\n")
         self.read()
+        self._find_unended()
 
     def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
+        for stream in (self._stream, self._begun):
+            if stream is not None:
+                stream.close()
         self.give_up_reserve()
         self._lock.release()
 
     def add(self, record: Record) -> None:
         """Append `record`, whole or not at all."""
-        # Clocks of other machines, which other shards ran on, may be ahead.
-        record = replace(record, written_ns=max(time.time_ns(), self._latest_ns + 1))
+        record = replace(record, written_ns=self._now())
         fields = {name: getattr(record, name) for name in _FIELDS}
         line = json.dumps(fields).encode() + b"\n"
         try:
@@ -158,6 +164,35 @@ class Ledger:
             self.give_up_reserve()
             self._append(line)
         self._take(record)
+
+    def begin(self, stem: str) -> None:
+        """Write down that a map begins to be worked on, and may leave files if this is the end."""
+        assert self._begun is not None
+        with contextlib.suppress(OSError):  # on a full disk nothing is left behind either
+            line = json.dumps([stem, time.time_ns(), self._now()])
+            self._begun.write(line.encode() + b"\n")
+
+    def _now(self) -> int:
+        # Clocks of other machines, which other shards ran on, may be ahead.
+        self._latest_ns = max(time.time_ns(), self._latest_ns + 1)
+        return self._latest_ns
+
+    def _find_unended(self) -> None:
+        """Find what was begun and has no record since; keep only that in the file."""
+        ended_ns: dict[str, int] = {}
+        for record in self.records.values():
+            ended_ns[record.stem] = max(record.written_ns, ended_ns.get(record.stem, 0))
+        path = self._path.with_suffix(".begun")
+        kept = []
+        for file in self._path.parent.glob("ledger*.begun"):
+            for line in file.read_bytes().splitlines(keepends=True):
+                with contextlib.suppress(ValueError):  # torn, before anything was begun
+                    stem, begun_ns, place_ns = json.loads(line)
+                    if place_ns > ended_ns.get(stem, 0):
+                        self.unended[stem] = begun_ns
+                        kept += [line] if file == path else []
+        path.write_bytes(b"".join(kept))
+        self._begun = path.open("ab", buffering=0)
 
     def give_up_reserve(self) -> None:
         """Make the last room there is."""
@@ -188,7 +223,7 @@ class Ledger:
         if record.status == "done" and is_newer:
             self.owners[record.stem] = record
 
-    @contextmanager
+    @contextlib.contextmanager
     def last_of_shards(self, work: str) -> Iterator[bool]:
         """Yield whether every other shard has ended; until the block ends, none of them sums up.
 

@@ -13,6 +13,10 @@ from gpuroi.result import Regions
 EXTENSIONS = (".nii.gz", ".tsv", ".json")
 _ENDING = "_desc-regions_dseg"
 _ANY_EXTENSION = "|".join(map(re.escape, EXTENSIONS))
+# The clock that files are stamped with ticks slowly, and may be another machine's.
+_CLOCKS_DIFFER_NS = 10**9
+
+_BREAKS = re.compile(r"\s*[\t\r\n]\s*")
 _WITHOUT_EXTENSION = re.compile(rf"({_ANY_EXTENSION})$")
 _NAME = re.compile(rf"(?P<stem>.+?)(_vol-\d{{4,}})?{_ENDING}({_ANY_EXTENSION})", re.DOTALL)
 
@@ -36,6 +40,11 @@ def stems_of_output(name: str) -> tuple[str, ...]:
 def map_name(name: str) -> str:
     """Return how a cohort's table calls the map whose outputs are called `name`."""
     return name.removesuffix(_ENDING)
+
+
+def one_line(text: str) -> str:
+    """Return `text` for a cell of a table: without tabs and ends of lines."""
+    return _BREAKS.sub(" ", text)
 
 
 class Written:
@@ -85,13 +94,24 @@ def _write(content: bytes, path: Path) -> None:
         io.write_bytes(content, path, sync=False)
 
 
-def remove_outputs(folder: Path, names: Iterable[str]) -> None:
-    """Remove the files of volumes whose outputs are called `names`."""
+def stems_of_name(name: str) -> tuple[str, ...]:
+    """Return the stems that the map may have whose outputs are called `name`, extensions left out.
+
+    See `stems_of_output`.
+    """
+    below, slash, inside = name.rpartition("/")
+    return tuple(below + slash + stem for stem in stems_of_output(f"{inside}{EXTENSIONS[0]}"))
+
+
+def remove_outputs(folder: Path, names: Iterable[str], since_ns: int = 0) -> None:
+    """Remove the files of volumes whose outputs are called `names`, if written since then."""
     for name in names:
         for extension in EXTENSIONS:
+            path = folder / f"{name}{extension}"
             # What cannot be removed is found in the way when it is to be written.
             with contextlib.suppress(OSError):
-                (folder / f"{name}{extension}").unlink(missing_ok=True)
+                if path.lstat().st_mtime_ns >= since_ns - _CLOCKS_DIFFER_NS:
+                    path.unlink()
 
 
 def written_names(folder: Path, stems: Set[str]) -> set[str]:

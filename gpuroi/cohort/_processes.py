@@ -24,6 +24,9 @@ from gpuroi.errors import WorkerDiedError
 
 CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
 
+# Windows waits for no more than 63 things at once.
+_MOST_WORKERS = 60 if sys.platform == "win32" else sys.maxsize
+
 # Units that a process is given at once: hides the way there and back.
 _AHEAD = 8
 
@@ -65,7 +68,7 @@ class Processes(Engine):
         arguments: tuple[Any, ...],
         connect: Callable[[], Any] | None = None,
     ) -> None:
-        self._n_workers = n_workers
+        self._n_workers = min(n_workers, _MOST_WORKERS)
         self._make_tools = make_tools
         self._arguments = arguments
         self._connect = connect
@@ -167,6 +170,13 @@ class _Pending:
         self._next.extendleft(reversed(units))
 
 
+def can_start() -> bool:
+    """Return whether this process may start others: those of pools may not."""
+    known = {None, *multiprocessing.get_all_start_methods()}  # loky's is none of these
+    is_known = multiprocessing.get_start_method(allow_none=True) in known
+    return is_known and not multiprocessing.current_process().daemon
+
+
 def start(target: Callable[..., None], *arguments: Any) -> Any:
     """Return a process that has been started: never by a fork of one that may have threads.
 
@@ -217,7 +227,10 @@ def how_it_ended(process: Any) -> str:
     process.join(5)
     code = process.exitcode
     if code is not None and code < 0:
-        name = signal.Signals(-code).name
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:  # of real time, which have no names
+            return f"signal {-code}"
         return f"{name}, perhaps for want of memory" if name == "SIGKILL" else name
     return f"exit code {code}"
 

@@ -15,11 +15,11 @@ from gpuroi.saved import read_back
 
 
 def done_maps(cohort: CohortReport) -> Iterator[tuple[str, list[Path]]]:
-    """Yield the path of each map that did not fail, and the prefixes of its volumes' outputs."""
+    """Yield the path of each map that did not fail, and what its volumes' outputs begin with."""
     for one, record in zip(cohort.maps, cohort.records, strict=True):
         if record.status == "done":
             names = output_names(record.stem, record.n_volumes)
-            yield one.path, [cohort.folder / name for name in names]
+            yield one.source, [cohort.folder / name for name in names]
 
 
 def read_results(cohort: CohortReport) -> Iterator[tuple[Path, Regions, NDArray[Any]]]:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain, cycle
@@ -27,9 +27,10 @@ from gpuroi.cohort._outputs import (
     output_names,
     remove_outputs,
     remove_temporaries,
+    stems_of_name,
     written_names,
 )
-from gpuroi.cohort._processes import Processes
+from gpuroi.cohort._processes import Processes, can_start
 from gpuroi.cohort._summary import remove_summary, write_failures, write_summary
 from gpuroi.cohort._tasks import Job, Tools, check, extract, failed, identify, make_tools
 from gpuroi.errors import OutputError, WorkerDiedError
@@ -144,7 +145,8 @@ def extract_cohort(
         Which of the maps; see `find_maps`. The summaries of shards are written by the one that ends
         last.
     jobs : int, optional
-        Processes; by default one for each core that may be used.
+        Processes; by default one for each core that may be used. There are none where this one may
+        not start any, as in a pool.
     batch_size : int, optional
         Maps that are handed to a device or to a worker of Dask at once; by default as many as keep
         it busy.
@@ -214,7 +216,7 @@ def extract_cohort(
     maps = part_of(everything, shard=shard, limit=limit)
     shards = [shard] if shard is None else [(i, shard[1]) for i in range(1, shard[1] + 1)]
     cohort = list(chain.from_iterable(part_of(everything, shard=i, limit=limit) for i in shards))
-    refuse_to_replace(folder, everything)
+    refuse_to_replace(folder, everything, chosen.mask_files())
     job = Job(
         folder,
         chosen,
@@ -315,7 +317,7 @@ class _Run:
         if todo:
             remove_summary(self._job.folder)
         outcome: Any
-        for one, outcome in each_outcome(engine, extract, todo, unit_size):
+        for one, outcome in each_outcome(engine, extract, self._begun(todo), unit_size):
             if isinstance(outcome, WorkerDiedError):
                 outcome = failed(one, self._job.parameters, outcome)
                 remove_outputs(self._job.folder, self._written({one.stem}))
@@ -329,12 +331,20 @@ class _Run:
                 self.failures.append(outcome)
             self._tell(len(todo), outcome)
 
+    def _begun(self, todo: list[MapFile]) -> Iterator[MapFile]:
+        for one in todo:
+            self._ledger.begin(one.stem)
+            yield one
+
     def _remove_leftovers(self, stems: Set[str]) -> None:
-        """Remove what a run has left of maps to do that was killed before it wrote them down."""
+        """Remove what a run has left of maps that was killed before it wrote them down."""
         remove_temporaries(self._job.folder, stems)
-        owners = (self._ledger.owners.get(stem) for stem in stems)
+        unended = self._ledger.unended.keys() & stems
+        owners = (self._ledger.owners.get(stem) for stem in unended)
         known = {name for one in owners if one for name in output_names(one.stem, one.n_volumes)}
-        remove_outputs(self._job.folder, self._written(stems) - known)
+        for name in self._written(unended) - known:
+            begun_ns = max(self._ledger.unended.get(stem, 0) for stem in stems_of_name(name))
+            remove_outputs(self._job.folder, [name], since_ns=begun_ns)
 
     def _written(self, stems: Set[str]) -> set[str]:
         """Return the names of outputs of `stems` that are there, but for those of other maps."""
@@ -357,9 +367,11 @@ class _Run:
                 continue
             is_ours = before.stem == now.stem or before.stem not in self._stems
             if is_ours and self._ledger.owners[before.stem].source == before.source:
-                others = self._stems - {before.stem}
-                names = output_names(before.stem, before.n_volumes)
-                superseded |= {name for name in names if map_name(name) not in others}
+                superseded |= {
+                    name
+                    for name in output_names(before.stem, before.n_volumes)
+                    if map_name(name) == before.stem or map_name(name) not in self._stems
+                }
         return superseded - set(output_names(now.stem, now.n_volumes))
 
     def sum_up(self, engine: Engine, cohort: list[MapFile]) -> dict[str, Path]:
@@ -408,7 +420,7 @@ def _engine(
     """Return what runs the tasks, and how many maps are handed over at once."""
     if client is not None:
         return stack.enter_context(Cluster(client, make_tools, (job,))), batch_size or _MAPS_A_TASK
-    if len(maps) < 2:
+    if len(maps) < 2 or not can_start():
         return stack.enter_context(ThisProcess(Tools(job))), 1
     n_processes = min(n_jobs, len(maps))
     if not _is_device(get_backend(job.backend)):

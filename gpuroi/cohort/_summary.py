@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gpuroi import io
-from gpuroi.cohort._discover import DESCRIPTION, common_folder, is_dataset
+from gpuroi.cohort._discover import DESCRIPTION, PAGE, common_folder, is_dataset
 from gpuroi.cohort._engines import Engine, each_outcome, in_units
 from gpuroi.cohort._ledger import Record
-from gpuroi.cohort._outputs import stems_of_output
+from gpuroi.cohort._outputs import one_line
 from gpuroi.cohort._tasks import Sum, sum_up
 from gpuroi.overlap import Overlap
 
@@ -29,7 +29,7 @@ _MAPS_A_SUM = 64
 
 def remove_summary(folder: Path) -> None:
     """Remove the summaries of an earlier run: they are not of what will be there."""
-    for name in (_TABLE, _OVERLAP, _FAILURES):
+    for name in (_TABLE, _OVERLAP, _FAILURES, PAGE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -44,10 +44,10 @@ def write_summary(folder: Path, engine: Engine, records: Iterable[Record]) -> di
     paths = {"description": folder / DESCRIPTION}
     for path in folder.glob(".*.tmp"):  # of a run that was killed in the middle of this
         match = io.TEMPORARY.fullmatch(path.name)
-        if match and not stems_of_output(match["name"]):
+        if match and match["name"] in (DESCRIPTION, _TABLE, _OVERLAP, _FAILURES):
             path.unlink(missing_ok=True)
     if not is_dataset(folder):  # of somebody else's, this is not ours to describe
-        io.write_text(_description(made), paths["description"])
+        io.write_text(_description(made, paths["description"]), paths["description"])
 
     table, overlap_file = folder / _TABLE, folder / _OVERLAP
     overlap = Overlap()
@@ -108,17 +108,19 @@ def _write_table(path: Path, sums: Iterable[Sum], overlap: Overlap) -> None:
 def _failures(failures: list[Record]) -> str:
     stream = text_io.StringIO()
     rows = (  # a row is a line, however many the message has
-        [" ".join(str(getattr(record, name)).split()) for name in _FAILURE] for record in failures
+        [one_line(str(getattr(record, name))) for name in _FAILURE] for record in failures
     )
     csv.writer(stream, delimiter="\t", lineterminator="\n").writerows([_FAILURE, *rows])
     return stream.getvalue()
 
 
-def _description(made: list[Record]) -> str:
+def _description(made: list[Record], path: Path) -> str:
+    """Return what the folder is, with what others have added to an earlier description."""
     from gpuroi import __version__
 
+    described = json.loads(path.read_text("utf-8")) if path.exists() else {}
     description = {
-        "Name": "Regions of statistical maps",
+        "Name": described.get("Name", "Regions of statistical maps"),
         "BIDSVersion": "1.10.0",
         "DatasetType": "derivative",
         "GeneratedBy": [
@@ -130,7 +132,7 @@ def _description(made: list[Record]) -> str:
         ],
         "SourceDatasets": _source_datasets(made),
     }
-    return json.dumps(description, indent=2) + "\n"
+    return json.dumps(described | description, indent=2) + "\n"
 
 
 def _source_datasets(made: list[Record]) -> list[dict[str, Any]]:
@@ -146,7 +148,7 @@ def _source_datasets(made: list[Record]) -> list[dict[str, Any]]:
     others = [os.fspath(folder) for folder in folders if dataset_of(folder) is None]
     roots = {root for root in map(dataset_of, folders) if root is not None}
     if others:
-        roots.add(Path(common_folder(others)))
+        roots.add(Path(common_folder(others) or min(others)))
     return [_source_dataset(root) for root in sorted(roots)]
 
 

@@ -20,11 +20,11 @@ from gpuroi.backends import get_backend
 from gpuroi.cohort._consumer import RemoteFinder
 from gpuroi.cohort._discover import MapFile
 from gpuroi.cohort._ledger import Record
-from gpuroi.cohort._outputs import Written, is_whole, map_name, output_names
+from gpuroi.cohort._outputs import Written, is_whole, map_name, one_line, output_names
 from gpuroi.errors import (
     DeviceLostError,
     InvalidMapError,
-    OutputError,
+    OutputChangedError,
     collected_warnings,
     warn,
 )
@@ -257,9 +257,11 @@ def _sum(folder: Path, records: tuple[Record, ...]) -> Sum:
                 header, *table = (folder / f"{name}.tsv").read_text("utf-8").splitlines()
                 (labels,) = io.read_maps(folder / f"{name}.nii.gz")
             except (OSError, ValueError) as error:
-                raise OutputError(f"{folder / name} has changed since it was written.") from error
-            label = " ".join(map_name(name).split())  # no tab, no new line
-            rows += [f"{label}\t{row}" for row in table]
+                raise OutputChangedError(
+                    f"{folder / name} is gone, or not as it was written; run again, all shards if "
+                    "there are any."
+                ) from error
+            rows += [f"{one_line(map_name(name))}\t{row}" for row in table]
             overlap.add(labels.data != 0, labels.affine, labels.header)
     return Sum(header, rows, overlap)
 

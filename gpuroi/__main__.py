@@ -1,0 +1,6 @@
+"""python -m gpuroi."""
+
+from gpuroi.cli import main
+
+if __name__ == "__main__":
+    main()
