@@ -20,6 +20,13 @@ def test_heavy_packages_wait_until_they_are_used(module):
     assert not heavy & {name.partition(".")[0] for name in loaded}
 
 
+def test_processes_of_a_cohort_load_what_they_need():
+    """Each of them does: half a second, and a hundred megabytes, for nothing."""
+    loaded = run("import gpuroi.cohort, sys; print(*sys.modules)")
+    heavy = {"cupy", "matplotlib", "pandas", "nilearn", "PIL", "distributed", "gpuroi.report"}
+    assert heavy.isdisjoint(loaded)
+
+
 def test_importing_gpuroi_loads_no_numpy_either():
     assert "numpy" not in run("import gpuroi, sys; print(*sys.modules)")
 

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from gpuroi import io
 from gpuroi.cohort._outputs import output_names
 from gpuroi.cohort._run import CohortReport
-from gpuroi.report import Report
 from gpuroi.result import Regions
 from gpuroi.saved import read_back
 
@@ -65,6 +64,8 @@ def write_report(cohort: CohortReport) -> Path:
     >>> write_report(extract_cohort(folder, folder + "/out", {"threshold": 3.0})).name
     'report.html'
     """
+    from gpuroi.report import Report  # with matplotlib, which processes of a run do without
+
     report = Report(cohort.folder, cohort.parameters)
     for one, record in zip(cohort.maps, cohort.records, strict=True):
         if record.status == "failed":
