@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _encode = json.JSONEncoder().encode
-_EXTENSION = re.compile(r"\.(nii\.gz|tsv|json)$")
+#: Extensions of what `Regions.save` writes, by kind.
+EXTENSIONS = {"labels": ".nii.gz", "table": ".tsv", "provenance": ".json"}
+
+#: What the command line and cohorts put between the name of a map and the extensions.
+ENDING = "_desc-regions_dseg"
+
+_EXTENSION = re.compile(f"({'|'.join(map(re.escape, EXTENSIONS.values()))})$")
 _VOLUME = re.compile(r"\[\d+\]$")
 _SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
@@ -220,11 +226,12 @@ class Regions:
         numbers = np.arange(1, len(self) + 1, dtype=labels.dtype)
         labels[self.voxels.coordinates] = np.repeat(numbers, np.diff(self.voxels.starts))
         sidecar = dict(self.provenance) | {"columns": COLUMNS_ON_DISK}
-        return {
-            "labels": (".nii.gz", io.compressed_labels(labels, self.affine, self.header)),
-            "table": (".tsv", self._tsv().encode()),
-            "provenance": (".json", _json(sidecar).encode()),
+        contents = {
+            "labels": io.compressed_labels(labels, self.affine, self.header),
+            "table": self._tsv().encode(),
+            "provenance": _json(sidecar).encode(),
         }
+        return {kind: (EXTENSIONS[kind], content) for kind, content in contents.items()}
 
 
 def _json(sidecar: dict[str, Any]) -> str:
@@ -245,6 +252,6 @@ def without_extension(prefix: str | PathLike[str]) -> Path:
     if os.fspath(prefix).endswith(_SEPARATORS) or path.name in ("", "..") or path.is_dir():
         raise ValueError(
             f"{os.fspath(prefix)} is a folder; add what the names of the files begin with, such as "
-            f"{path / 'sub-01_desc-regions_dseg'}."
+            f"{path / f'sub-01{ENDING}'}."
         )
     return path

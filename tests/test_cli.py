@@ -640,6 +640,12 @@ class TestWhichMaps:
         assert len(maps) == n_maps
         assert [name for name in maps if matches not in name] == []
 
+    def test_what_exists_is_an_input_though_it_looks_like_a_label(self, dataset):
+        Path("02").symlink_to(dataset)
+        assert len(self.extracted("--participant-label", "01", "02")) == 8
+        shutil.rmtree("out")
+        assert len(self.extracted("--task", "motor", "rest", "02")) == 16
+
     def test_shards_share_the_maps(self, tree):
         whole = self.extracted("maps")
         alone = contents()

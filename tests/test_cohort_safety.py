@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 import gpuroi
-from gpuroi.cohort import _run, _summary, extract_cohort
+from gpuroi.cohort import _run, _summary, extract_cohort, write_report
 from gpuroi.cohort._ledger import Ledger
 from gpuroi.cohort._processes import CONTEXT, Processes
 from gpuroi.errors import OutputChangedError, WorkerDiedError
@@ -303,6 +303,17 @@ class TestSummaries:
         with pytest.raises(KeyboardInterrupt):
             run(cohort, out, OTHER, on_progress=lambda progress: progress.latest and stop(progress))
         assert not (out / "failures.tsv").exists()
+
+
+def test_a_page_is_written_from_wherever_the_caller_is(tmp_path, blobs, monkeypatch):
+    save_maps(tmp_path / "m", ["a.nii.gz", "b.nii.gz"], blobs)
+    monkeypatch.chdir(tmp_path)
+    report = run("m", "out")
+    assert (
+        repr(report) == f"CohortReport(2 maps in '{tmp_path}/out': 2 done, 0 done before, 0 failed)"
+    )
+    monkeypatch.chdir("/")
+    assert write_report(report) == tmp_path / "out" / "report.html"
 
 
 class TestParameters:

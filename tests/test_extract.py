@@ -524,6 +524,21 @@ class TestResult:
         assert again.provenance == first.provenance
         assert again.table.equals(first.table)
 
+    @pytest.mark.parametrize(
+        ("img", "error", "hint"),
+        [
+            (None, TypeError, "connected_regions returns None: lower the threshold or min_region"),
+            ("maps/*.nii", InvalidMapError, "no such file; where one path is asked for, patterns"),
+        ],
+    )
+    def test_what_is_passed_by_mistake_is_told_what_to_do(self, img, error, hint):
+        with pytest.raises(error, match=hint):
+            gpuroi.extract_regions(img)
+
+    def test_regions_are_no_image_but_have_two(self):
+        with pytest.raises(TypeError, match=r"such as regions\.labels_img or regions\.to_4d_img"):
+            connected_regions(gpuroi.extract_regions(image(blobs())))
+
     @pytest.mark.parametrize(("threshold", "warns"), [(97, True), (97.5, True), (30, False)])
     def test_a_value_that_looks_like_a_percentile_is_warned_of(self, threshold, warns):
         one = image(blobs())

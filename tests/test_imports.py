@@ -27,6 +27,13 @@ def test_processes_of_a_cohort_load_what_they_need():
     assert heavy.isdisjoint(loaded)
 
 
+def test_the_package_is_a_program_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "gpuroi", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"gpuroi {gpuroi.__version__}\n"
+
+
 def test_importing_gpuroi_loads_no_numpy_either():
     assert "numpy" not in run("import gpuroi, sys; print(*sys.modules)")
 

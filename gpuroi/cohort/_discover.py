@@ -15,6 +15,7 @@ from typing import Any
 from gpuroi.cohort._ledger import LEDGER_FOLDER
 from gpuroi.cohort._outputs import stems_of_output
 from gpuroi.errors import MissingExtraError
+from gpuroi.result import ENDING
 
 _EXTENSION = re.compile(r"(\.(nii|img|hdr)(\.gz|\.bz2)?|\.mg[hz])$", re.IGNORECASE)
 _VOLUME = re.compile(r"_vol-\d{4,}$")
@@ -376,7 +377,7 @@ def _refuse_collisions(maps: list[MapFile]) -> None:
             hint = "leave one of them out, or " if both else ""
             raise ValueError(
                 f"{by_stem[stem]} and {one.path} would both write "
-                f"{one.stem}_desc-regions_dseg.nii.gz; {hint}extract them into separate folders."
+                f"{one.stem}{ENDING}.nii.gz; {hint}extract them into separate folders."
             )
         by_stem[stem] = one.path
     for stem, path in by_stem.items():
@@ -384,6 +385,6 @@ def _refuse_collisions(maps: list[MapFile]) -> None:
         if series != stem and series in by_stem:
             raise ValueError(
                 f"a volume of {by_stem[series]} could be written as "
-                f"{stem}_desc-regions_dseg.nii.gz, as {path} is; extract them into separate "
+                f"{stem}{ENDING}.nii.gz, as {path} is; extract them into separate "
                 "folders."
             )

@@ -8,24 +8,23 @@ from pathlib import Path
 
 from gpuroi import io
 from gpuroi.cohort._ledger import Record, disk_errors
-from gpuroi.result import Regions
+from gpuroi.result import ENDING, EXTENSIONS, Regions
 
-EXTENSIONS = (".nii.gz", ".tsv", ".json")
-_ENDING = "_desc-regions_dseg"
-_ANY_EXTENSION = "|".join(map(re.escape, EXTENSIONS))
-# The clock that files are stamped with ticks slowly, and may be another machine's.
-_CLOCKS_DIFFER_NS = 10**9
-
+_EXTENSIONS = tuple(EXTENSIONS.values())
+_ANY_EXTENSION = "|".join(map(re.escape, _EXTENSIONS))
 _BREAKS = re.compile(r"\s*[\t\r\n]\s*")
 _WITHOUT_EXTENSION = re.compile(rf"({_ANY_EXTENSION})$")
-_NAME = re.compile(rf"(?P<stem>.+?)(_vol-\d{{4,}})?{_ENDING}({_ANY_EXTENSION})", re.DOTALL)
+_NAME = re.compile(rf"(?P<stem>.+?)(_vol-\d{{4,}})?{ENDING}({_ANY_EXTENSION})", re.DOTALL)
+
+# The clock that files are stamped with ticks slowly, and may be another machine's.
+_CLOCKS_DIFFER_NS = 10**9
 
 
 def output_names(stem: str, n_volumes: int) -> Iterator[str]:
     """Yield what comes before the extensions, volume by volume, below the output folder."""
     for number in range(n_volumes):
         volume = f"_vol-{number:04d}" if n_volumes > 1 else ""
-        yield f"{stem}{volume}{_ENDING}"
+        yield f"{stem}{volume}{ENDING}"
 
 
 def stems_of_output(name: str) -> tuple[str, ...]:
@@ -39,7 +38,7 @@ def stems_of_output(name: str) -> tuple[str, ...]:
 
 def map_name(name: str) -> str:
     """Return how a cohort's table calls the map whose outputs are called `name`."""
-    return name.removesuffix(_ENDING)
+    return name.removesuffix(ENDING)
 
 
 def one_line(text: str) -> str:
@@ -67,7 +66,7 @@ class Written:
             If one of the files cannot be written.
         """
         contents = dict(regions.files().values())
-        for extension in EXTENSIONS:
+        for extension in _EXTENSIONS:
             path = self._folder / f"{name}{extension}"
             with disk_errors(self._folder):
                 _write(contents[extension], path)
@@ -100,13 +99,13 @@ def stems_of_name(name: str) -> tuple[str, ...]:
     See `stems_of_output`.
     """
     below, slash, inside = name.rpartition("/")
-    return tuple(below + slash + stem for stem in stems_of_output(f"{inside}{EXTENSIONS[0]}"))
+    return tuple(below + slash + stem for stem in stems_of_output(f"{inside}{_EXTENSIONS[0]}"))
 
 
 def remove_outputs(folder: Path, names: Iterable[str], since_ns: int = 0) -> None:
     """Remove the files of volumes whose outputs are called `names`, if written since then."""
     for name in names:
-        for extension in EXTENSIONS:
+        for extension in _EXTENSIONS:
             path = folder / f"{name}{extension}"
             # What cannot be removed is found in the way when it is to be written.
             with contextlib.suppress(OSError):
@@ -154,7 +153,7 @@ def is_whole(folder: Path, record: Record) -> bool:
     found = Written(folder)
     try:
         for name in output_names(record.stem, record.n_volumes):
-            for extension in EXTENSIONS:
+            for extension in _EXTENSIONS:
                 found.take((folder / f"{name}{extension}").read_bytes())
     except OSError:
         return False

@@ -18,7 +18,7 @@ from gpuroi.report._charts import histogram_of_counts, histogram_of_volumes
 from gpuroi.report._payload import backdrop_payload, map_payload
 from gpuroi.report._pictures import count_palette, draw_cuts, hex_color, region_palette
 from gpuroi.report._scene import scene_of, template
-from gpuroi.result import Regions
+from gpuroi.result import ENDING, EXTENSIONS, Regions
 from gpuroi.words import counted, threshold_asked, what_was_found
 
 #: Maps whose slices are in the page; of more, all lie beside it.
@@ -26,8 +26,6 @@ MOST_EMBEDDED = 50
 
 # Regions in a caption.
 _MOST_NAMED = 20
-
-_SUFFIX = "_desc-regions_dseg.nii.gz"
 
 # These are one map's; the rest of a provenance is the run's.
 _OF_ONE_MAP = (
@@ -133,7 +131,7 @@ class Report:
         labels_file = _below(self.folder, Path(path))
         line = html.MapLine(
             number=f"{len(self._maps) + 1:04d}",
-            name=labels_file.removesuffix(_SUFFIX),
+            name=labels_file.removesuffix(f"{ENDING}{EXTENSIONS['labels']}"),
             labels_file=labels_file,
             n_regions=len(regions),
             volume_mm3=sum(volumes),
