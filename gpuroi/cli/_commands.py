@@ -89,8 +89,9 @@ def _program(
         "Write the regions of each map: labels (.nii.gz), a table (.tsv) and provenance (.json)."
         "\n\n"
         "The files are named after the map: sub-01_tmap.nii.gz gives "
-        "OUT/sub-01_tmap_desc-regions_dseg.nii.gz, .tsv and .json; maps found in a folder keep "
-        "the folders below it; volumes of a 4-D map have _vol-0000, _vol-0001, ... before _desc."
+        "OUT/sub-01_tmap_desc-regions_dseg.nii.gz, .tsv and .json. Maps found in a folder keep "
+        "the folders below it; files of one name in several folders keep those that tell them "
+        "apart. Volumes of a 4-D map have _vol-0000, _vol-0001, ... before _desc."
         "\n\n"
         "Of two maps or more, OUT/regions.tsv is all tables in one, and OUT/overlap.nii.gz counts "
         "in how many maps each voxel lies in a region. OUT/failures.tsv lists the maps that "
@@ -118,7 +119,8 @@ def extract(
             metavar="OUT",
             file_okay=False,
             writable=True,
-            help="Folder to write to, made if missing; files of the same names are replaced.",
+            help="Folder to write to, made if missing. Earlier results in it are replaced; maps, "
+            "and summaries that gpuroi has not written, are not.",
         ),
     ] = Path("regions-out"),
     report: Annotated[
