@@ -398,6 +398,11 @@ def finish(
         warn_of_undecided(source.name, confidence)
         walks = {"random_walker": asdict(confidence)}
         packages += ["cvxopt"] * ("cholmod" in confidence.solvers)
+    if found.score == 0 and recipe.threshold.value > 0 and prepared.largest_magnitude > 0:
+        warn(
+            f"{source.name}: at least {recipe.threshold} of the voxels ranked are zero, so that "
+            "all others are kept; population='nonzero' ranks only those others."
+        )
     return Regions(
         voxels=gather(voxels, prepared.volume),
         affine=source.affine,

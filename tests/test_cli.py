@@ -208,7 +208,6 @@ class TestExtract:
             ((*BOTH, "--tail", "positive"), [1], 3),
             ((*BOTH, "--tail", "negative"), [-1], 3),
             ((*BOTH, "--connectivity", "26"), [1, -1], 3),
-            (("--threshold", "90%", "--min-region-size", "0"), [1, -1], 1.401298464324817e-45),
             (
                 ("--threshold", "50%", "--population", "nonzero", "--min-region-size", "0"),
                 [-1],
@@ -222,6 +221,12 @@ class TestExtract:
         assert table["sign"].tolist() == signs
         provenance = json.loads(Path("out/m_desc-regions_dseg.json").read_text())
         assert provenance["cutoff"] == cutoff
+
+    def test_a_percentile_of_zeros_is_warned_of(self):
+        result = run("extract", write_map("m.nii"), "--threshold", "90%", "-o", "out")
+        assert "m.nii: at least 90% of the voxels ranked are zero, so that all others" in (
+            result.stderr
+        )
 
     def test_connectivity_joins_corners_when_asked(self):
         data = np.zeros_like(DATA)
@@ -313,7 +318,7 @@ class TestSaid:
         [
             (1, ("--threshold", "97"), LARGEST.format(6) + NEEDS_ITS_SIGN),
             (1, ("--threshold", "inf"), LARGEST.format(6) + NEEDS_ITS_SIGN),
-            (1, ("--threshold", "97%"), TOO_SMALL.format(1500)),
+            (1, ("--threshold", "99%"), TOO_SMALL.format(1500)),
             (1, ("--threshold", "3", "--min-region-size", "1000"), TOO_SMALL.format(1000)),
             (0, ("--threshold", "97%"), LARGEST.format(0)),
         ],

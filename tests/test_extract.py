@@ -331,6 +331,25 @@ class TestPopulationsAndMasks:
             gpuroi.extract_regions(image(blobs()), mask_img=image(mask))
 
 
+class TestMostlyZero:
+    """A percentile that most of a map is below keeps all of its voxels."""
+
+    DATA = np.where(np.arange(12)[:, np.newaxis, np.newaxis] < 8, 0, blobs())
+
+    def test_is_told(self):
+        told = "at least 50% of the voxels ranked are zero, so that"
+        with pytest.warns(UserWarning, match=told):
+            everything = gpuroi.extract_regions(image(self.DATA), "50%")
+        assert np.array_equal(everything.labels != 0, self.DATA != 0)
+
+    def test_is_not_told_where_it_does_not_matter(self):
+        img = image(self.DATA)
+        gpuroi.extract_regions(img, "50%", population="nonzero")
+        gpuroi.extract_regions(img, "0%")  # as asked
+        gpuroi.extract_regions(image(np.zeros((4, 4, 4))), "50%")  # nothing is kept
+        gpuroi.extract_regions(img, 1.0)
+
+
 class TestNothingFound:
     @pytest.mark.parametrize(
         ("data", "threshold"),
@@ -570,6 +589,7 @@ class TestResult:
 def test_no_warning_of_numpy_escapes():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*of the voxels ranked are zero")
         for kind in ("denormal", "constant", "signed zeros"):
             for volume in make_maps(kind, (2, 5, 6, 7), "float32", 0):
                 gpuroi.extract_regions(image(volume), "50%")
