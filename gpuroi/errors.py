@@ -40,7 +40,7 @@ class DeviceLostError(GpuroiError, RuntimeError):
 
 
 class WorkerDiedError(GpuroiError, RuntimeError):
-    """A process that ended in the middle of its work, killed or crashed."""
+    """A process that could not be started, or ended in the middle of its work."""
 
 
 class ClusterLostError(GpuroiError, RuntimeError):

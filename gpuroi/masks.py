@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from gpuroi import io
 from gpuroi.errors import DimensionError, InvalidMapError, warn
-from gpuroi.space import check_affine, same_grid
+from gpuroi.space import check_affine, difference_of_grids, same_grid
 from gpuroi.types import ImageLike
 
 
@@ -43,9 +43,9 @@ def load_mask(
     if not same_grid(data.shape, mask_affine, shape, affine):
         if not resample:
             raise InvalidMapError(
-                f"{name} is on another grid than the map: shape {data.shape} against "
-                f"{tuple(shape)}, affines\n{mask_affine}\nagainst\n{affine}\n"
-                "Pass resample_mask=True (--resample-mask) to take the nearest voxel of the mask."
+                f"{name} is on another grid than the map: "
+                f"{difference_of_grids(data.shape, mask_affine, shape, affine)}. Pass "
+                "resample_mask=True (--resample-mask) to take the nearest voxel of the mask."
             )
         data = _nearest(data, mask_affine, shape, affine)
     not_finite = ~np.isfinite(data)

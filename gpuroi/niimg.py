@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gpuroi import io
 from gpuroi.errors import DimensionError, InvalidMapError, warn
-from gpuroi.space import check_affine, same_grid
+from gpuroi.space import check_affine, difference_of_grids, same_grid
 from gpuroi.types import ImageLike
 
 
@@ -51,8 +51,8 @@ def load_images(source: ImageLike | Iterable[ImageLike]) -> SpatialImage:
         if not same_grid(first.shape, first.affine, other.shape, other.affine):
             raise InvalidMapError(
                 f"image {number} of the list ({io.describe(other)}) is on another grid than the "
-                f"first ({io.describe(first)}): shape {other.shape} against {first.shape}, affines"
-                f"\n{other.affine}\nagainst\n{first.affine}"
+                f"first ({io.describe(first)}): "
+                f"{difference_of_grids(other.shape, other.affine, first.shape, first.affine)}."
             )
     volumes = [voxels(one, copy=False) for one in images]
     series = np.concatenate([v[..., np.newaxis] if v.ndim == 3 else v for v in volumes], axis=-1)

@@ -12,7 +12,8 @@ def check_affine(affine: NDArray[np.float64] | None, name: str) -> NDArray[np.fl
     """Return `affine` if it maps voxels to distinct places in mm; `name` is the image's."""
     if affine is None or not np.isfinite(affine).all() or np.linalg.det(affine[:3, :3]) == 0:
         raise InvalidMapError(
-            f"{name}: its affine is singular or not finite, so voxels have no size in mm:\n{affine}"
+            f"{name}: its affine is singular or not finite, so voxels have no size in mm: "
+            f"{None if affine is None else _on_one_line(affine)}."
         )
     return affine
 
@@ -28,6 +29,23 @@ def same_grid(
         return False
     # Most are equal; `allclose` takes longer than a small map's threshold.
     return np.array_equal(affine, other_affine) or np.allclose(affine, other_affine)
+
+
+def difference_of_grids(
+    shape: Sequence[int],
+    affine: NDArray[np.float64],
+    other_shape: Sequence[int],
+    other_affine: NDArray[np.float64],
+) -> str:
+    """Return in what two images differ that are not of `same_grid`, as an error message says it."""
+    if tuple(shape[:3]) != tuple(other_shape[:3]):
+        return f"shape {tuple(shape)} against {tuple(other_shape)}"
+    return f"affine {_on_one_line(affine)} against {_on_one_line(other_affine)}"
+
+
+def _on_one_line(affine: NDArray[np.float64]) -> str:
+    rows = np.array2string(affine[:3], separator=", ", max_line_width=1000)
+    return " ".join(rows.split())
 
 
 def voxel_volume_mm3(affine: NDArray[np.float64]) -> float:

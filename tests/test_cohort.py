@@ -189,7 +189,11 @@ class TestFailures:
         assert len(outcomes) == 40
 
     def test_a_process_has_one_thread_of_blas(self):
-        with Processes(1, make_tools, (Job(Path(), make_recipe(), "", "cpu", False),)) as engine:
+        with Processes(
+            1,
+            make_tools,
+            (Job(Path(), make_recipe(), "", "cpu", False, gpuroi.__version__, (Path(), "")),),
+        ) as engine:
             ((_, outcomes),) = engine.run(_blas_threads, [(0,)])
         assert outcomes[0]
         assert set(outcomes[0]) == {1}
@@ -502,10 +506,16 @@ class TestResuming:
         assert written_names(out, {"b"}) == {"b_vol-0001_desc-regions_dseg"}  # it could be
         assert written_names(out, {"b_vol-0001"}) == {"b_vol-0001_desc-regions_dseg"}
 
-        extract_cohort(tmp_path / "m" / "B", out, RECIPE, jobs=1)  # takes the place of m/x
-        (tmp_path / "m" / "x.nii.gz").write_bytes(b"no map")
-        extract_cohort(tmp_path / "m" / "x.nii.gz", out, RECIPE)
-        assert "x_desc-regions_dseg.nii.gz" in labels()  # B's
+        before = contents(out)
+        with pytest.raises(
+            ValueError, match=r"m/x\.nii\.gz, which those of \S+/B/x\.nii\.gz would"
+        ):
+            extract_cohort(tmp_path / "m" / "B", out, RECIPE, jobs=1)
+        assert contents(out) == before
+        (tmp_path / "m" / "x.nii.gz").unlink()
+        extract_cohort(tmp_path / "m" / "B", out, RECIPE, jobs=1)  # takes its place
+        assert "x_desc-regions_dseg.nii.gz" in labels()
+        assert "B/x_desc-regions_dseg.nii.gz" not in labels()
 
     def test_the_place_of_a_series_is_taken_whole(self, tmp_path, blobs):
         series = np.stack([blobs(seed=seed) for seed in range(3)], axis=-1)
@@ -513,6 +523,7 @@ class TestResuming:
             (tmp_path / name).mkdir()
             nib.save(image(data), tmp_path / name / "x.nii.gz")
             extract_cohort(tmp_path / name / "x.nii.gz", tmp_path / "out", RECIPE)
+            (tmp_path / name / "x.nii.gz").unlink()
         assert len([name for name in contents(tmp_path / "out") if name.startswith("x")]) == 3
 
     def test_results_beside_and_among_the_maps(self, tmp_path, blobs, monkeypatch):
@@ -550,7 +561,7 @@ class TestResuming:
         assert "failures" not in report.summary
         assert not (out / "failures.tsv").exists()
         moved = tmp_path / "moved"
-        shutil.copytree(cohort / "group-1", moved)  # the same names from another place
+        shutil.move(cohort / "group-1", moved)  # the same names from another place
         report = extract_cohort(moved, out, RECIPE, jobs=1)
         again = pd.read_csv(report.summary["regions"], sep="\t")
         pd.testing.assert_frame_equal(again, table)

@@ -26,8 +26,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Options that take as many labels as follow them.
-_LABEL_OPTIONS = ("--participant-label", "--task", "--contrast", "--stat")
+# Options that take as many labels as follow them, and what a label may begin with.
+_LABEL_OPTIONS = {
+    "--participant-label": "sub-",
+    "--task": "task-",
+    "--contrast": "contrast-",
+    "--stat": "stat-",
+}
 _LABEL = re.compile(r"([a-z]+-)?[A-Za-z0-9+]+")
 
 
@@ -39,23 +44,26 @@ class _LabelsCommand(TyperCommand):
 
 
 def _spread(args: list[str]) -> Iterator[str]:
-    """Yield `args` with each label behind an option of its own: Click's take one each.
-
-    What exists is an input, even if it looks like a label.
-    """
+    """Yield `args` with each label behind an option of its own: Click's take one each."""
     option, has_label = "", False
     for arg in args:
+        prefix = _LABEL_OPTIONS.get(option.replace("_", "-"))
         if arg.startswith("-"):
             option, equals, _ = arg.partition("=")
             has_label = bool(equals)
-        elif option.replace("_", "-") not in _LABEL_OPTIONS:
+        elif prefix is None:
             pass
         elif not has_label:
             has_label = True
-        elif _LABEL.fullmatch(arg) and not Path(arg).exists():
-            yield option
-        else:
+        elif not _LABEL.fullmatch(arg):
             option = ""
+        elif not arg.startswith(prefix) and Path(arg).exists():
+            raise typer.BadParameter(
+                f"{arg} behind {option} may be a label or an input: name inputs before options, "
+                f"or this one as ./{arg}."
+            )
+        else:
+            yield option
         yield arg
 
 
@@ -118,7 +126,6 @@ def extract(
             "-o",
             metavar="OUT",
             file_okay=False,
-            writable=True,
             help="Folder to write to, made if missing. Earlier results in it are replaced; maps, "
             "and summaries that gpuroi has not written, are not.",
         ),
@@ -464,8 +471,7 @@ def _endings(watch: Watch, errors: "Console") -> Iterator[None]:
         if watch.has_begun and not isinstance(error, RuntimeError | OSError):
             raise
         message = str(error).replace("on_gpu_error='cpu'", "--on-gpu-error cpu")
-        is_disk = isinstance(error, OutputError)
-        if is_disk:
+        if watch.has_begun and isinstance(error, OutputError):
             message += " What is done is kept; run again to go on."
         say(errors, "error", message, "bold red")
-        raise typer.Exit(1 if watch.has_begun or is_disk else 2) from error
+        raise typer.Exit(1 if watch.has_begun else 2) from error

@@ -1,7 +1,7 @@
 """What the command line shows: words, tables, and the report of a run."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +27,18 @@ _WIDTH = 80
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """Return a console that prints text as it is: brackets in file names are no markup."""
+    """Return a console that prints text as it is: brackets in file names are no markup.
+
+    It falls silent when nobody reads any more, as behind ``| head``; the work goes on.
+    """
     from rich.console import Console
 
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    class Patient(Console):
+        def on_broken_pipe(self) -> None:
+            with suppress(SystemExit):
+                super().on_broken_pipe()
+
+    return Patient(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def say(console: "Console", word: str, message: str, style: str) -> None:
@@ -135,6 +143,8 @@ def _why_nothing(provenance: "Provenance") -> str:
     if highest >= cutoff and provenance["min_voxels"] > 1:
         smallest = smallest_region(provenance)
         return f"no region of voxels at the cut-off fills {smallest} (--min-region-size)."
+    if highest == 0:
+        return "all voxels are zero, NaN or infinite."
     said = f"the largest magnitude is {highest:.6g}."
     if highest < cutoff and not threshold_asked(provenance).endswith("%"):
         said += " A percentile needs its percent sign: 97%."

@@ -3,6 +3,7 @@
 import builtins
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,14 +45,18 @@ class Watch:
         self._n_failures = 0
         self.n_warnings = 0
         self.has_begun = False
+        self._warnings: Any = warnings.catch_warnings(action="always", category=UserWarning)
 
     def __enter__(self) -> "Watch":
+        self._warnings.__enter__()
+        warnings.showwarning = self._warned
         if self._console.is_terminal:
             self._looking = self._console.status("looking for maps, and for what is done already")
             self._looking.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._warnings.__exit__()
         for shown in (self._looking, self._bar):
             if shown is not None:
                 shown.stop()
@@ -82,6 +87,11 @@ class Watch:
         if record.status == "failed":
             self._n_failures += 1
             self._say("failed", _named(_reason(record), record), "bold red", self._n_failures)
+
+    def _warned(self, message: Warning | str, *_: object, **__: object) -> None:
+        """Say what Python warns of in this very process."""
+        self.n_warnings += 1
+        self._say("warning", str(message), "yellow", self.n_warnings)
 
     def tell_of_before(self, cohort: "CohortReport") -> None:
         """Say what was wrong with the maps that failed in an earlier run, and were left alone."""

@@ -38,6 +38,11 @@ class Cluster(Engine):
         self._shared = client.submit(
             _together, self._run_id, make_tools, arguments, pure=False, key=f"job-{self._run_id}"
         )
+        try:  # what no worker can do is told before anything is done
+            client.submit(_do, _nothing, (), self._shared, pure=False).result()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
         """Wait until no worker writes any more, whatever has ended the run."""
@@ -110,6 +115,10 @@ def _do(
     finally:
         with _lock:
             _n_at_work[run_id] -= 1
+
+
+def _nothing(tools: Any, unit: tuple[Any, ...]) -> list[Any]:
+    return []
 
 
 async def _end(run_id: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from gpuroi.cohort._ledger import LEDGER_FOLDER
 from gpuroi.cohort._outputs import stems_of_output
-from gpuroi.errors import MissingExtraError
+from gpuroi.errors import MissingExtraError, warn
 from gpuroi.result import ENDING
 
 _EXTENSION = re.compile(r"(\.(nii|img|hdr)(\.gz|\.bz2)?|\.mg[hz])$", re.IGNORECASE)
@@ -27,7 +27,7 @@ DESCRIPTION = "dataset_description.json"
 
 # Removed when a run begins, as they are not of what will be there.
 _ABOUT_ALL = ("overlap.nii.gz", "regions.tsv", "failures.tsv")
-PAGE = "report.html"
+PAGE, PAGE_FOLDER = "report.html", "report_data"
 _SUMMARIES = (*_ABOUT_ALL, DESCRIPTION, PAGE)
 
 #: Suffixes of BIDS derivatives that are statistical maps.
@@ -121,6 +121,7 @@ def find_maps(
     if not found:
         asked = ", ".join(f"{key}-{'|'.join(values)}" for key, values in wanted.items())
         raise ValueError(f"no map has {asked} in its name.")
+    _warn_of_missing(wanted, found)
     maps = _told_apart(list(found.values()), in_folders)
     _refuse_collisions(maps)
     return part_of(maps, shard=shard, limit=limit)
@@ -203,9 +204,9 @@ def _listed(path: str) -> Iterator[tuple[MapFile, bool]]:
         content = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise ValueError(f"the list {path} cannot be read: {error.strerror}.") from error
-    # File names may have any bytes.
-    for line in content.decode("utf-8-sig", "surrogateescape").splitlines():
-        entry = line.strip()
+    # File names may have any bytes, and what else Python takes for the end of a line.
+    for line in content.decode("utf-8-sig", "surrogateescape").split("\n"):
+        entry = line.strip(" \t\r")
         if entry.startswith("@"):
             raise ValueError(f"{path}: {entry} is a list in a list; name its maps, or both lists.")
         if entry and not entry.startswith("#"):
@@ -273,7 +274,7 @@ def refuse_to_replace(folder: Path, maps: list[MapFile], masks: Iterable[str] = 
         if is_summary or not written.get(parent, set()).isdisjoint(stems_of_output(name)):
             raise ValueError(f"{path} would be replaced by an output; write to another folder.")
     if not (folder / LEDGER_FOLDER).is_dir():
-        for name in (*_ABOUT_ALL, PAGE):
+        for name in (*_ABOUT_ALL, PAGE, PAGE_FOLDER):
             if os.path.lexists(folder / name):
                 raise ValueError(
                     f"{folder / name} is there already, and not of gpuroi, which has no "
@@ -353,6 +354,19 @@ def _entity_filter(wanted: Mapping[str, Sequence[str]]) -> Callable[[str], bool]
     return has_entities
 
 
+def _warn_of_missing(wanted: Mapping[str, Sequence[str]], found: Iterable[str]) -> None:
+    """Warn of labels that no map has: some may have been mistyped."""
+    if not wanted:
+        return
+    parse = _bids_parser()
+    has = [parse(os.path.basename(path))["entities"] for path in found]
+    for key, labels in wanted.items():
+        missing = set(labels) - {entities[key] for entities in has}
+        if missing:
+            named = ", ".join(f"{key}-{label}" for label in sorted(missing))
+            warn(f"of all maps that are asked for, none has {named} in its name.")
+
+
 def _bids_parser() -> Callable[[str], Any]:
     try:
         from nilearn.interfaces.bids import parse_bids_filename
@@ -373,8 +387,11 @@ def _refuse_collisions(maps: list[MapFile]) -> None:
             raise ValueError(f"{one.path} has no name that its outputs could be called after.")
         stem = one.stem.casefold() if _NAMES_IGNORE_CASE else one.stem
         if stem in by_stem:
-            both = os.path.dirname(by_stem[stem]) == os.path.dirname(one.path)
-            hint = "leave one of them out, or " if both else ""
+            folders = [os.path.dirname(path) for path in (by_stem[stem], one.path)]
+            hint = "leave one of them out, or "
+            if folders[0] != folders[1]:
+                above = common_folder(folders)
+                hint = f"name {above}, which holds both, or " if above else ""
             raise ValueError(
                 f"{by_stem[stem]} and {one.path} would both write "
                 f"{one.stem}{ENDING}.nii.gz; {hint}extract them into separate folders."

@@ -4,15 +4,16 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from filelock import FileLock, Timeout
 
-from gpuroi.errors import FolderInUseError, OutputError
+from gpuroi.errors import FolderInUseError, OutputChangedError, OutputError
 
 #: Of an output folder, beside the results.
 LEDGER_FOLDER = ".gpuroi"
@@ -62,6 +63,11 @@ class Record:
     warnings: tuple[str, ...] = ()
     written_ns: int = 0
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether the map failed because there was no such file, if only for a while."""
+        return self.status == "failed" and self.size < 0
+
 
 _FIELDS = tuple(field.name for field in fields(Record))
 
@@ -93,6 +99,8 @@ class Ledger:
         The newest record of each source, this run's included.
     owners : dict
         The newest record of each stem that is done: whose outputs are there.
+    run : tuple (Path, str)
+        A file, and what is in it until the next run begins.
     unended : dict
         Stems of maps that an earlier run began, and was killed before their records were written;
         and when it began them, in ns.
@@ -104,6 +112,7 @@ class Ledger:
         name = "ledger" if shard is None else f"ledger-{shard[0]}of{shard[1]}"
         (folder / LEDGER_FOLDER).mkdir(parents=True, exist_ok=True)
         self._path = folder / LEDGER_FOLDER / f"{name}.jsonl"
+        self.run = (self._path.with_suffix(".run"), secrets.token_hex(8))
         self._lock = _lock(self._path)
         self._reserve = self._path.with_suffix(".reserve")
         self._stream: IO[bytes] | None = None
@@ -114,17 +123,8 @@ class Ledger:
         self.unended: dict[str, int] = {}
 
     def __enter__(self) -> "Ledger":
-        with FileLock(self._path.with_name("gate.lock")):
-            others = set(self._path.parent.glob("ledger*.jsonl")) - set(self._kin())
-            try:
-                if any(map(_is_locked, others)):
-                    raise Timeout(self._lock.lock_file)
-                self._lock.acquire(timeout=0)
-            except Timeout as error:
-                raise FolderInUseError(
-                    f"{self.folder} is in use by another run; wait for it, or write to another "
-                    "folder. (Only shards i/n of the same n may share one at the same time.)"
-                ) from error
+        with _alone(self._path, self._kin()):
+            self._lock.acquire(timeout=0)
             self._path.touch()
         try:
             self._open()
@@ -136,6 +136,11 @@ class Ledger:
     def _open(self) -> None:
         with self._summing_up():  # the outputs of this shard are not to change meanwhile
             _ended(self._path).unlink(missing_ok=True)
+        kin = {path.with_suffix(".run") for path in self._kin()}
+        for path in set(self._path.parent.glob("ledger*.run")) - kin:
+            path.unlink(missing_ok=True)  # of shards of another number, which have ended
+        run_file, run_id = self.run
+        run_file.write_text(run_id)
         self._reserve.write_bytes(bytes(_RESERVED_BYTES))
         self._stream = self._path.open("ab", buffering=0)
         if self._stream.tell():
@@ -209,11 +214,10 @@ class Ledger:
 
     def read(self) -> None:
         """Take the records of all shards from the disk."""
-        for path in self._path.parent.glob("ledger*.jsonl"):
-            for source, record in {one.source: one for one in _read(path)}.items():
-                known = self.records.get(source)
-                if known is None or known.written_ns <= record.written_ns:
-                    self._take(record)
+        for record in _all_records(self._path.parent):
+            known = self.records.get(record.source)
+            if known is None or known.written_ns <= record.written_ns:
+                self._take(record)
 
     def _take(self, record: Record) -> None:
         self._latest_ns = max(self._latest_ns, record.written_ns)
@@ -250,6 +254,50 @@ class Ledger:
         return [self._path.with_name(f"ledger-{i}of{self._n_shards}.jsonl") for i in numbers]
 
 
+@contextlib.contextmanager
+def unchanged(folder: Path, records: Iterable[Record]) -> Iterator[None]:
+    """Let no run begin in `folder` during the block, in which `records` are still the newest.
+
+    Raises
+    ------
+    FolderInUseError
+        If a run is under way.
+    OutputChangedError
+        If another run has worked on these maps since.
+    """
+    ledger = folder / LEDGER_FOLDER / "ledger.jsonl"
+    with contextlib.ExitStack() as stack:
+        with _alone(ledger, kin=[ledger]):
+            stack.enter_context(_lock(ledger).acquire(timeout=0))
+        newest: dict[str, int] = {}
+        for record in _all_records(ledger.parent):
+            newest[record.source] = max(record.written_ns, newest.get(record.source, 0))
+        if any(newest.get(record.source) != record.written_ns for record in records):
+            raise OutputChangedError(f"another run has worked on maps of {folder} since.")
+        yield
+
+
+@contextlib.contextmanager
+def _alone(ledger: Path, kin: list[Path]) -> Iterator[None]:
+    """Let no run begin during the block, in which only those of `kin` are under way.
+
+    Raises
+    ------
+    FolderInUseError
+        If another one is, or if the block finds the lock of `ledger` taken.
+    """
+    with FileLock(ledger.with_name("gate.lock")):
+        try:
+            if any(map(_is_locked, set(ledger.parent.glob("ledger*.jsonl")) - set(kin))):
+                raise Timeout(os.fspath(ledger))
+            yield
+        except Timeout as error:
+            raise FolderInUseError(
+                f"{ledger.parent.parent} is in use by another run; wait for it, or write to "
+                "another folder. (Only shards i/n of the same n may share one at the same time.)"
+            ) from error
+
+
 def _ended(ledger: Path) -> Path:
     return ledger.with_suffix(".ended")
 
@@ -271,6 +319,12 @@ def _is_locked(ledger: Path) -> bool:
         return True
     lock.release()
     return False
+
+
+def _all_records(folder: Path) -> Iterator[Record]:
+    """Yield the last record of each map in each ledger of `folder`."""
+    for path in folder.glob("ledger*.jsonl"):
+        yield from {record.source: record for record in _read(path)}.values()
 
 
 def _read(path: Path) -> Iterator[Record]:

@@ -46,6 +46,12 @@ def one_line(text: str) -> str:
     return _BREAKS.sub(" ", text)
 
 
+def cell(text: str) -> str:
+    """Return `text` as it stands in a table: on one line, quoted if it has quotes."""
+    line = one_line(text)
+    return '"' + line.replace('"', '""') + '"' if '"' in line else line
+
+
 class Written:
     """Writes the files of a map, and sums them up."""
 

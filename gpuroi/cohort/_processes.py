@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -183,6 +184,11 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
     Such a process reads the program's main script anew, which takes as long as its imports, and
     begins everything again if it has no ``if __name__ == "__main__":``. None of it is needed here,
     and without a file the main module is left alone.
+
+    Raises
+    ------
+    WorkerDiedError
+        If the system starts none.
     """
     process: Any = CONTEXT.Process(target=_in_process, args=(target, *arguments), daemon=True)
     with _starting, _without_interrupts():
@@ -190,6 +196,11 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
         sys.modules["__main__"] = ModuleType("__main__")
         try:
             process.start()
+        except (OSError, EOFError) as error:  # a full disk, too long a path for a socket
+            raise WorkerDiedError(
+                f"no process can be started ({error}); the folder for temporary files, "
+                f"{tempfile.gettempdir()} (TMPDIR), needs room and a short path."
+            ) from error
         finally:
             sys.modules["__main__"] = main_module
     return process

@@ -7,8 +7,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from gpuroi import io
+from gpuroi.cohort._ledger import unchanged
 from gpuroi.cohort._outputs import output_names
 from gpuroi.cohort._run import CohortReport
+from gpuroi.cohort._summary import remove_page
 from gpuroi.result import Regions
 from gpuroi.saved import read_back
 
@@ -48,6 +50,10 @@ def write_report(cohort: CohortReport) -> Path:
 
     Raises
     ------
+    FolderInUseError
+        If another run writes to the folder.
+    OutputChangedError
+        If another run has worked on these maps since.
     InvalidMapError
         If a map or an output has changed since.
     OSError
@@ -66,11 +72,13 @@ def write_report(cohort: CohortReport) -> Path:
     """
     from gpuroi.report import Report  # with matplotlib, which processes of a run do without
 
-    report = Report(cohort.folder, cohort.parameters)
-    for one, record in zip(cohort.maps, cohort.records, strict=True):
-        if record.status == "failed":
-            report.fail(one.path, record.message)
-    for prefix, regions, values in read_results(cohort):
-        report.add(regions, labels_path(prefix), values)
-    overlap = cohort.summary.get("overlap")
-    return report.write(None if overlap is None else overlap.name)
+    with unchanged(cohort.folder, cohort.records):
+        remove_page(cohort.folder)
+        report = Report(cohort.folder, cohort.parameters)
+        for one, record in zip(cohort.maps, cohort.records, strict=True):
+            if record.status == "failed":
+                report.fail(one.path, record.message)
+        for prefix, regions, values in read_results(cohort):
+            report.add(regions, labels_path(prefix), values)
+        overlap = cohort.summary.get("overlap")
+        return report.write(None if overlap is None else overlap.name)

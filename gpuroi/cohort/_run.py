@@ -15,7 +15,7 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 
-from gpuroi.backends import Backend, environments, get_backend
+from gpuroi.backends import Backend, check_name, environments, get_backend
 from gpuroi.checks import at_least_one
 from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._consumer import Consumer
@@ -201,6 +201,8 @@ def extract_cohort(
     >>> report.n_done, len(report.failures)
     (1, 0)
     """
+    from gpuroi import __version__
+
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
     chosen = recipe if isinstance(recipe, Recipe) else recipe_of({} if recipe is None else recipe)
@@ -217,15 +219,22 @@ def extract_cohort(
     shards = [shard] if shard is None else [(i, shard[1]) for i in range(1, shard[1] + 1)]
     cohort = list(chain.from_iterable(part_of(everything, shard=i, limit=limit) for i in shards))
     refuse_to_replace(folder, everything, chosen.mask_files())
-    job = Job(
-        folder,
-        chosen,
-        digest(chosen),
-        backend if client is not None else get_backend(backend).name,
-        on_gpu_error == "cpu",
-    )
+    if client is None:
+        backend = get_backend(backend).name
+    else:
+        check_name(backend)
     with disk_errors(folder), Ledger(folder, shard) as ledger:
+        job = Job(
+            folder,
+            chosen,
+            digest(chosen),
+            backend,
+            on_gpu_error == "cpu",
+            __version__,
+            ledger.run,
+        )
         run = _Run(job, ledger, everything, on_progress or (lambda progress: None))
+        run.refuse_to_forget(everything)
         try:
             with ExitStack() as stack:
                 engine, unit_size = _engine(stack, job, maps, n_jobs, batch_size, client)
@@ -273,34 +282,59 @@ class _Run:
         self.n_skipped = 0
         self.failures: list[Record] = []
 
+    def refuse_to_forget(self, maps: list[MapFile]) -> None:
+        """Raise `ValueError` if outputs of another map that is still there would be replaced."""
+        sources = {one.source for one in maps}
+        for one in maps:
+            owner = self._ledger.owners.get(one.stem)
+            if owner is None or owner.source in sources or not Path(owner.source).exists():
+                continue
+            is_same = os.path.realpath(owner.source) == os.path.realpath(one.source)
+            if not is_same and written_names(self._job.folder, {one.stem}):
+                raise ValueError(
+                    f"{self._job.folder} has the regions of {owner.source}, which those of "
+                    f"{one.source} would replace: both are called {one.stem}. Name the maps in one "
+                    "command, or write to another folder."
+                )
+
     def to_do(self, engine: Engine, maps: list[MapFile], retry_failed: bool) -> list[MapFile]:
         """Return the maps to work on; count those that are done, and keep failures that stay."""
         todo = []
-        seem_done: dict[str, MapFile] = {}
+        seem_done: dict[str, tuple[MapFile, Record]] = {}
         for one in maps:
-            record = self._ledger.records.get(one.source)
+            record = self._latest(one)
             if record is None or not self._is_of(record, one):
                 todo.append(one)
             elif record.status == "done":
-                seem_done[record.source] = one
+                seem_done[record.source] = one, record
             elif retry_failed or record.error == OutputError.__name__:
                 todo.append(one)
             else:
                 self.failures.append(record)
-        records = [self._ledger.records[source] for source in seem_done]
+        records = [record for _, record in seem_done.values()]
         for record, is_whole in each_outcome(engine, check, records, _CHECKS_A_UNIT):
             if is_whole is True:
                 self.n_skipped += 1
                 del seem_done[record.source]
+                if self._ledger.records[record.source] is not record:
+                    self._ledger.add(record)
         if not seem_done:
             return todo
-        again = set(todo) | set(seem_done.values())
+        again = {*todo, *(one for one, _ in seem_done.values())}
         return [one for one in maps if one in again]
+
+    def _latest(self, one: MapFile) -> Record | None:
+        """Return what became of a map the last time that it could be looked at."""
+        record, owner = self._ledger.records.get(one.source), self._ledger.owners.get(one.stem)
+        if record and record.is_missing and owner and self._is_of(owner, one):
+            return owner
+        return record
 
     def _is_of(self, record: Record, one: MapFile) -> bool:
         """Return whether `record` is of this map as it is now, and of these parameters."""
         return (
-            (record.size, record.mtime_ns) == identify(one.path)
+            record.source == one.source
+            and (record.size, record.mtime_ns) == identify(one.path)
             and record.parameters == self._job.parameters
             and record.stem == one.stem
         )
@@ -356,22 +390,21 @@ class _Run:
         """Return the names of outputs that an earlier run has written, and `now` replaces.
 
         Of this map, and of another one of the same stem; but not what belongs to others, who may
-        have been given the stem that this map had.
+        have been given the stem that this map had. A map that is only missing loses nothing.
         """
-        befores = [self._ledger.records.get(now.source)]
-        if now.status == "done":
-            befores.append(self._ledger.owners.get(now.stem))
+        before = self._ledger.records.get(now.source)
+        stems = {now.stem} | ({before.stem} if before and before.stem not in self._stems else set())
         superseded: set[str] = set()
-        for before in befores:
-            if before is None or before.status != "done":
+        for owner in filter(None, map(self._ledger.owners.get, stems)):
+            if owner.source != now.source and (now.status == "failed" or owner.stem != now.stem):
                 continue
-            is_ours = before.stem == now.stem or before.stem not in self._stems
-            if is_ours and self._ledger.owners[before.stem].source == before.source:
-                superseded |= {
-                    name
-                    for name in output_names(before.stem, before.n_volumes)
-                    if map_name(name) == before.stem or map_name(name) not in self._stems
-                }
+            if now.is_missing and owner.stem == now.stem and owner.parameters == now.parameters:
+                continue
+            superseded |= {
+                name
+                for name in output_names(owner.stem, owner.n_volumes)
+                if map_name(name) == owner.stem or map_name(name) not in self._stems
+            }
         return superseded - set(output_names(now.stem, now.n_volumes))
 
     def sum_up(self, engine: Engine, cohort: list[MapFile]) -> dict[str, Path]:
@@ -379,7 +412,10 @@ class _Run:
         records = self.records_of(cohort)
         if len(records) < len(cohort):  # a shard has ended before, with other parameters
             return {}
-        return write_summary(self._job.folder, engine, records)
+        all_records = self._ledger.records.values()
+        sources = {one.source for one in all_records if one.status == "done"}
+        sources |= {one.source for one in cohort}
+        return write_summary(self._job.folder, engine, records, sources)
 
     def _tell(self, n_to_do: int, latest: Record | None) -> None:
         self._on_progress(

@@ -1,9 +1,11 @@
 """What holds of a whole cohort: all tables in one, the overlap of all regions, the failures."""
 
+import contextlib
 import csv
 import io as text_io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -11,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from gpuroi import io
-from gpuroi.cohort._discover import DESCRIPTION, PAGE, common_folder, is_dataset
+from gpuroi.cohort._discover import DESCRIPTION, PAGE, PAGE_FOLDER, common_folder, is_dataset
 from gpuroi.cohort._engines import Engine, each_outcome, in_units
 from gpuroi.cohort._ledger import Record
 from gpuroi.cohort._outputs import one_line
 from gpuroi.cohort._tasks import Sum, sum_up
+from gpuroi.errors import WorkerDiedError
 from gpuroi.overlap import Overlap
 
 _TABLE, _OVERLAP, _FAILURES = "regions.tsv", "overlap.nii.gz", "failures.tsv"
@@ -26,28 +29,54 @@ _FAILURE = ("source", "error", "message")
 # Maps that are summed up by one process at once: their sums are sent back, one volume each.
 _MAPS_A_SUM = 64
 
+_PAGE_DATA = re.compile(r"\d{4,}\.js")
+
 
 def remove_summary(folder: Path) -> None:
     """Remove the summaries of an earlier run: they are not of what will be there."""
-    for name in (_TABLE, _OVERLAP, _FAILURES, PAGE):
+    for name in (_TABLE, _OVERLAP, _FAILURES):
         (folder / name).unlink(missing_ok=True)
+    remove_page(folder)
 
 
-def write_summary(folder: Path, engine: Engine, records: Iterable[Record]) -> dict[str, Path]:
+def remove_page(folder: Path) -> None:
+    """Remove the report of an earlier run, and what lies beside it."""
+    (folder / PAGE).unlink(missing_ok=True)
+    beside = folder / PAGE_FOLDER
+    if beside.is_dir():
+        for path in list(beside.iterdir()):
+            if _PAGE_DATA.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        _remove_temporaries(beside, _PAGE_DATA)
+        with contextlib.suppress(OSError):  # something of somebody else is in there
+            beside.rmdir()
+
+
+def _remove_temporaries(folder: Path, names: re.Pattern[str]) -> None:
+    """Remove what a run has left that was killed while it wrote files of these names."""
+    for path in list(folder.glob(".*.tmp")):
+        match = io.TEMPORARY.fullmatch(path.name)
+        if match and names.fullmatch(match["name"]):
+            path.unlink(missing_ok=True)
+
+
+def write_summary(
+    folder: Path, engine: Engine, records: Iterable[Record], sources: Iterable[str]
+) -> dict[str, Path]:
     """Write the summaries of all `records`; return their paths.
 
     In the order of the names, so that the bytes do not depend on which map came first. One map that
-    is done has no summary but itself; no failure, no failures.tsv.
+    is done has no summary but itself; no failure, no failures.tsv. `sources` are all maps whose
+    regions are in the folder.
     """
     made = sorted(records, key=lambda record: record.stem)
     done = [record for record in made if record.status == "done"]
     paths = {"description": folder / DESCRIPTION}
-    for path in folder.glob(".*.tmp"):  # of a run that was killed in the middle of this
-        match = io.TEMPORARY.fullmatch(path.name)
-        if match and match["name"] in (DESCRIPTION, _TABLE, _OVERLAP, _FAILURES):
-            path.unlink(missing_ok=True)
+    summaries = (DESCRIPTION, _TABLE, _OVERLAP, _FAILURES, PAGE)
+    _remove_temporaries(folder, re.compile("|".join(map(re.escape, summaries))))
+    _remove_temporaries(folder / PAGE_FOLDER, _PAGE_DATA)
     if not is_dataset(folder):  # of somebody else's, this is not ours to describe
-        io.write_text(_description(made, paths["description"]), paths["description"])
+        io.write_text(_description(sources, paths["description"]), paths["description"])
 
     table, overlap_file = folder / _TABLE, folder / _OVERLAP
     overlap = Overlap()
@@ -84,13 +113,30 @@ def _sums(engine: Engine, done: list[Record]) -> Iterator[Sum]:
     place_of = {chunk[0].stem: place for place, chunk in enumerate(chunks)}
     early: dict[int, Sum] = {}
     place = 0
-    for chunk, outcome in each_outcome(engine, sum_up, chunks, 1):
-        if isinstance(outcome, Exception):
-            raise outcome
+    for chunk, outcome in _tried_twice(engine, chunks):
         early[place_of[chunk[0].stem]] = outcome
         while place in early:
             yield early.pop(place)
             place += 1
+
+
+def _tried_twice(
+    engine: Engine, chunks: list[tuple[Record, ...]]
+) -> Iterator[tuple[tuple[Record, ...], Sum]]:
+    """Yield what the processes make of each of `chunks`; one of them may be killed."""
+    died = []
+    for chunk, outcome in each_outcome(engine, sum_up, chunks, 1):
+        if isinstance(outcome, WorkerDiedError):
+            died.append(chunk)
+        else:
+            yield chunk, outcome
+    for chunk, outcome in each_outcome(engine, sum_up, died, 1):
+        if isinstance(outcome, WorkerDiedError):
+            raise WorkerDiedError(
+                "all maps have ended, but not their summaries: twice the process died that made "
+                "them. Run again to write them."
+            ) from outcome
+        yield chunk, outcome
 
 
 def _write_table(path: Path, sums: Iterable[Sum], overlap: Overlap) -> None:
@@ -114,7 +160,7 @@ def _failures(failures: list[Record]) -> str:
     return stream.getvalue()
 
 
-def _description(made: list[Record], path: Path) -> str:
+def _description(sources: Iterable[str], path: Path) -> str:
     """Return what the folder is, with what others have added to an earlier description."""
     from gpuroi import __version__
 
@@ -130,12 +176,12 @@ def _description(made: list[Record], path: Path) -> str:
                 "Description": "Thresholded maps, in regions: labels, tables and provenance",
             }
         ],
-        "SourceDatasets": _source_datasets(made),
+        "SourceDatasets": _source_datasets(sources),
     }
     return json.dumps(described | description, indent=2) + "\n"
 
 
-def _source_datasets(made: list[Record]) -> list[dict[str, Any]]:
+def _source_datasets(sources: Iterable[str]) -> list[dict[str, Any]]:
     """Return the BIDS datasets that the maps are of; of the others, the folder they all are in."""
 
     @cache  # for this call: a folder may become a dataset
@@ -144,7 +190,7 @@ def _source_datasets(made: list[Record]) -> list[dict[str, Any]]:
             return folder
         return None if folder.parent == folder else dataset_of(folder.parent)
 
-    folders = {Path(record.source).parent for record in made}
+    folders = {Path(source).parent for source in sources}
     others = [os.fspath(folder) for folder in folders if dataset_of(folder) is None]
     roots = {root for root in map(dataset_of, folders) if root is not None}
     if others:

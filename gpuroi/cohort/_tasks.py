@@ -20,9 +20,10 @@ from gpuroi.backends import get_backend
 from gpuroi.cohort._consumer import RemoteFinder
 from gpuroi.cohort._discover import MapFile
 from gpuroi.cohort._ledger import Record
-from gpuroi.cohort._outputs import Written, is_whole, map_name, one_line, output_names
+from gpuroi.cohort._outputs import Written, cell, is_whole, map_name, output_names
 from gpuroi.errors import (
     DeviceLostError,
+    FolderInUseError,
     InvalidMapError,
     OutputChangedError,
     collected_warnings,
@@ -54,6 +55,8 @@ class Job:
     parameters: str  # digest
     backend: str
     cpu_if_lost: bool  # go on there when the device is lost
+    version: str  # of gpuroi
+    run: tuple[Path, str]  # a file, and what is in it until the next run begins
 
 
 class Tools:
@@ -104,7 +107,20 @@ class Tools:
 
 
 def make_tools(job: Job, device: Connection | None = None) -> Tools:
-    """Return the tools of a process, which has one thread of BLAS and its memory to itself."""
+    """Return the tools of a process, which has one thread of BLAS and its memory to itself.
+
+    Raises
+    ------
+    RuntimeError
+        If another version of gpuroi is installed here than where the run was started.
+    """
+    from gpuroi import __version__
+
+    if job.version != __version__:
+        raise RuntimeError(
+            f"gpuroi {job.version} has started the run, and a worker has gpuroi {__version__}; "
+            "install the same everywhere."
+        )
     threadpool_limits(1)  # of what is loaded; of what will be:
     os.environ.update(dict.fromkeys(_BLAS_THREADS, "1"))
     _keep_freed_memory()
@@ -187,6 +203,7 @@ def _write(tools: Tools, opened: _Opened) -> Record:
     """Write the files of a map, all or none, and return its record."""
     job, written, n_regions = tools.job, Written(tools.job.folder), 0
     names = output_names(opened.one.stem, len(opened.volumes))
+    _refuse_if_over(job)
     if opened.error is None:
         with _caught(opened):
             for name, volume, found in zip(names, opened.volumes, opened.found, strict=True):
@@ -208,6 +225,13 @@ def _write(tools: Tools, opened: _Opened) -> Record:
         output_crc=written.crc,
         warnings=tuple(opened.warnings),
     )
+
+
+def _refuse_if_over(job: Job) -> None:
+    """Raise `FolderInUseError` if the next run has begun: workers of Dask may outlive their own."""
+    path, run = job.run
+    if path.read_text() != run:
+        raise FolderInUseError(f"{job.folder} is in use by another run, which has begun since.")
 
 
 def failed(
@@ -252,16 +276,15 @@ def sum_up(tools: Tools, unit: tuple[tuple[Record, ...], ...]) -> list[Sum]:
 def _sum(folder: Path, records: tuple[Record, ...]) -> Sum:
     header, rows, overlap = "", [], Overlap()
     for record in records:
+        if not is_whole(folder, record):
+            raise OutputChangedError(
+                f"an output of {record.source} is gone, or not as it was written; run again, all "
+                "shards if there are any."
+            )
         for name in output_names(record.stem, record.n_volumes):
-            try:
-                header, *table = (folder / f"{name}.tsv").read_text("utf-8").splitlines()
-                (labels,) = io.read_maps(folder / f"{name}.nii.gz")
-            except (OSError, ValueError) as error:
-                raise OutputChangedError(
-                    f"{folder / name} is gone, or not as it was written; run again, all shards if "
-                    "there are any."
-                ) from error
-            rows += [f"{one_line(map_name(name))}\t{row}" for row in table]
+            header, *table = (folder / f"{name}.tsv").read_text("utf-8").splitlines()
+            (labels,) = io.read_maps(folder / f"{name}.nii.gz")
+            rows += [f"{cell(map_name(name))}\t{row}" for row in table]
             overlap.add(labels.data != 0, labels.affine, labels.header)
     return Sum(header, rows, overlap)
 
