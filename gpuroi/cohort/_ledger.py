@@ -214,17 +214,14 @@ class Ledger:
 
     def read(self) -> None:
         """Take the records of all shards from the disk."""
-        for record in _all_records(self._path.parent):
-            known = self.records.get(record.source)
-            if known is None or known.written_ns <= record.written_ns:
-                self._take(record)
+        for record in _latest_records(self._path.parent):
+            self._take(record)
 
     def _take(self, record: Record) -> None:
         self._latest_ns = max(self._latest_ns, record.written_ns)
-        self.records[record.source] = record
-        owner = self.owners.get(record.stem)
-        is_newer = owner is None or owner.written_ns <= record.written_ns
-        if record.status == "done" and is_newer:
+        if _is_newer(record, self.records.get(record.source)):
+            self.records[record.source] = record
+        if record.status == "done" and _is_newer(record, self.owners.get(record.stem)):
             self.owners[record.stem] = record
 
     @contextlib.contextmanager
@@ -269,10 +266,11 @@ def unchanged(folder: Path, records: Iterable[Record]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with _alone(ledger, kin=[ledger]):
             stack.enter_context(_lock(ledger).acquire(timeout=0))
-        newest: dict[str, int] = {}
-        for record in _all_records(ledger.parent):
-            newest[record.source] = max(record.written_ns, newest.get(record.source, 0))
-        if any(newest.get(record.source) != record.written_ns for record in records):
+        newest: dict[str, Record] = {}
+        for record in _latest_records(ledger.parent):
+            if _is_newer(record, newest.get(record.source)):
+                newest[record.source] = record
+        if any(newest.get(record.source) != record for record in records):
             raise OutputChangedError(f"another run has worked on maps of {folder} since.")
         yield
 
@@ -321,10 +319,14 @@ def _is_locked(ledger: Path) -> bool:
     return False
 
 
-def _all_records(folder: Path) -> Iterator[Record]:
-    """Yield the last record of each map in each ledger of `folder`."""
+def _latest_records(folder: Path) -> Iterator[Record]:
+    """Yield, of each ledger of `folder`, how each map was done last, and how it failed last."""
     for path in folder.glob("ledger*.jsonl"):
-        yield from {record.source: record for record in _read(path)}.values()
+        yield from {(record.source, record.status): record for record in _read(path)}.values()
+
+
+def _is_newer(record: Record, known: Record | None) -> bool:
+    return known is None or known.written_ns <= record.written_ns
 
 
 def _read(path: Path) -> Iterator[Record]:
