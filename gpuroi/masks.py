@@ -1,13 +1,29 @@
 """Mask images: read, checked, and brought onto the grid of a map."""
 
+from typing import Any
+
 import numpy as np
 import scipy  # which loads its parts when they are first used
+from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
 from gpuroi import io
 from gpuroi.errors import DimensionError, InvalidMapError, warn
 from gpuroi.space import check_affine, difference_of_grids, same_grid
 from gpuroi.types import ImageLike
+
+
+def check_mask(mask_img: SpatialImage, parameter: str) -> None:
+    """Raise what `load_mask` does of a mask, whatever map it is for.
+
+    Raises
+    ------
+    InvalidMapError
+        If the mask is not 3-D, empty, or made of more than one value inside.
+    """
+    name = f"{parameter} {io.describe(mask_img)}"
+    data, _ = _three_dimensional(mask_img, name)
+    _inside(np.where(np.isfinite(data), data, 0), name, "everywhere")
 
 
 def load_mask(
@@ -35,11 +51,7 @@ def load_mask(
         If the mask is not 3-D, on another grid, empty, or made of more than one value inside.
     """
     name = f"{parameter} {io.describe(mask_img)}"
-    image = io.load(mask_img)
-    data = io.read_data(image, name)
-    if data.ndim != 3:
-        raise DimensionError(f"{name}: expected a 3-D mask, got shape {data.shape}.")
-    mask_affine = check_affine(image.affine, name)
+    data, mask_affine = _three_dimensional(io.load(mask_img), name)
     if not same_grid(data.shape, mask_affine, shape, affine):
         if not resample:
             raise InvalidMapError(
@@ -54,10 +66,24 @@ def load_mask(
             f"{name}: {np.count_nonzero(not_finite)} voxels are NaN or infinite; they are outside."
         )
         data = np.where(not_finite, 0, data)
+    return _inside(data, name, "everywhere on the map")
+
+
+def _three_dimensional(
+    image: SpatialImage, name: str
+) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
+    """Return the voxels of a mask, and its affine."""
+    data = io.read_data(image, name)
+    if data.ndim != 3:
+        raise DimensionError(f"{name}: expected a 3-D mask, got shape {data.shape}.")
+    return data, check_affine(image.affine, name)
+
+
+def _inside(data: NDArray[Any], name: str, where: str) -> NDArray[np.bool_]:
     is_inside = np.asarray(data != 0)
     inside = data[is_inside]
     if inside.size == 0:
-        raise InvalidMapError(f"{name} is zero everywhere on the map: it would hide all voxels.")
+        raise InvalidMapError(f"{name} is zero {where}: it would hide all voxels.")
     if inside.min() != inside.max():
         raise InvalidMapError(
             f"{name} has {np.unique(inside).size} values besides 0 ({inside.min():g} to "

@@ -14,6 +14,7 @@ from gpuroi.algorithms.local_regions import SEED_DISTANCE_VOXELS
 from gpuroi.algorithms.threshold import Threshold, parse_threshold
 from gpuroi.checks import at_least_one, at_least_zero, check_choice, shown
 from gpuroi.errors import InvalidMapError
+from gpuroi.masks import check_mask
 from gpuroi.types import CONNECTIVITIES, TAILS, Connectivity, ImageLike, Tail
 
 Method = Literal["connected_components", "local_regions"]
@@ -149,9 +150,9 @@ def _population(population: Any) -> Any:
 
 
 def _mask(parameter: str, mask: Any) -> SpatialImage:
-    """Return a mask as an image, so that a file is read once for all maps."""
+    """Return a mask as an image, so that a file is read and checked once for all maps."""
     try:
-        return io.load(mask)
+        image = io.load(mask)
     except TypeError:
         also = ", 'all' or 'nonzero'" if parameter == "population" else ""
         raise TypeError(
@@ -159,3 +160,5 @@ def _mask(parameter: str, mask: Any) -> SpatialImage:
         ) from None
     except InvalidMapError as error:
         raise InvalidMapError(f"{parameter}: {error}") from error
+    check_mask(image, parameter)
+    return image

@@ -228,6 +228,13 @@ class TestExtract:
             result.stderr
         )
 
+    def test_a_mask_that_fits_no_map_is_told_once(self):
+        write_map("mask.nii", np.arange(12.0**3).reshape(12, 12, 12))
+        result = run("extract", write_map("m.nii"), write_map("n.nii"), "--mask", "mask.nii")
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: mask_img mask.nii has 1727 values besides 0")
+        assert not Path("regions-out").exists()
+
     def test_connectivity_joins_corners_when_asked(self):
         data = np.zeros_like(DATA)
         data[1, 1, 1] = data[2, 2, 2] = 4.0

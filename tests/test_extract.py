@@ -321,7 +321,7 @@ class TestPopulationsAndMasks:
     @pytest.mark.parametrize(
         ("mask", "message"),
         [
-            (np.zeros((12, 14, 16)), "is zero everywhere on the map"),
+            (np.zeros((12, 14, 16)), "is zero everywhere: it would"),
             (np.arange(12 * 14 * 16.0).reshape(12, 14, 16), "has 2687 values besides 0"),
             (np.ones((12, 14, 16, 2)), r"expected a 3-D mask, got shape \(12, 14, 16, 2\)"),
         ],
