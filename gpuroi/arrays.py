@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuroi.algorithms.threshold import percentile_scores, usable_cutoffs
+from gpuroi.algorithms.threshold import cutoff_above, percentile_scores, usable_cutoffs
 from gpuroi.backends import Backend, _keys, get_backend
 from gpuroi.checks import check_choice, shown
 from gpuroi.types import CONNECTIVITIES, TAILS, Array, Connectivity, FloatArray, Tail
@@ -26,11 +26,13 @@ __all__ = ["label", "percentile_cutoff", "region_sizes", "remove_small", "thresh
 def percentile_cutoff(
     maps: Array, percentile: float, *, tail: Tail = "both", population: Array | None = None
 ) -> float | NDArray[np.float64]:
-    """Return the exact percentile of the magnitudes of each volume, in the units of `maps`.
+    """Return the smallest magnitude above the percentile of each volume, in map units.
 
-    Of n sorted magnitudes it is the one at place ``percentile / 100 * (n - 1)``, counted from 0,
-    interpolated linearly between neighbours: definition 7 of Hyndman and Fan, "Sample quantiles in
-    statistical packages", The American Statistician 50(4), 1996, doi:10.2307/2684934.
+    With it, `threshold` and `label` keep what is above the percentile, as all functions of images
+    do: of voxels that tie with it, none. The percentile of n sorted magnitudes is that at place
+    ``percentile / 100 * (n - 1)``, counted from 0, interpolated linearly between neighbours:
+    definition 7 of Hyndman and Fan, "Sample quantiles in statistical packages", The American
+    Statistician 50(4), 1996, doi:10.2307/2684934.
 
     Parameters
     ----------
@@ -45,7 +47,8 @@ def percentile_cutoff(
     Returns
     -------
     float, or float64 NumPy array (B,) for a batch
-        `scipy.stats.scoreatpercentile` bit for bit; NaN where nobody is ranked.
+        The next number, in the dtype that `threshold` compares in, above what
+        `scipy.stats.scoreatpercentile` returns, and above zero; infinity where nobody is ranked.
 
     Raises
     ------
@@ -60,8 +63,12 @@ def percentile_cutoff(
     --------
     >>> import numpy as np
     >>> from gpuroi import arrays
-    >>> arrays.percentile_cutoff(np.arange(-4.0, 5.0).reshape(3, 3, 1), 50)
-    2.0
+    >>> volume = np.arange(-4.0, 5.0).reshape(3, 3, 1)
+    >>> cutoff = arrays.percentile_cutoff(volume, 50)
+    >>> cutoff
+    2.0000000000000004
+    >>> arrays.threshold(volume, cutoff).ravel()
+    array([-4., -3.,  0.,  0.,  0.,  0.,  0.,  3.,  4.])
     """
     if isinstance(percentile, bool) or not isinstance(percentile, numbers.Real):
         raise TypeError(
@@ -80,7 +87,8 @@ def percentile_cutoff(
             )
         population = backend.xp.broadcast_to(population, batch.shape)
     scores, _ = percentile_scores(backend, batch, percentile, tail, population)
-    return scores if maps.ndim == 4 else float(scores[0])
+    cutoffs = cutoff_above(scores, np.dtype(batch.dtype)).astype(np.float64)
+    return cutoffs if maps.ndim == 4 else float(cutoffs[0])
 
 
 def threshold(maps: Array, cutoff: float | Array, *, tail: Tail = "both") -> Array:
@@ -94,7 +102,7 @@ def threshold(maps: Array, cutoff: float | Array, *, tail: Tail = "both") -> Arr
     maps : real array (X, Y, Z) or (B, X, Y, Z)
     cutoff : float or array (B,)
         Magnitude to reach, zero or more, in the units of `maps`: one for all volumes or one each.
-        NaN, the percentile of nobody, is reached by none.
+        NaN is reached by none.
     tail : {"both", "positive", "negative"}
         Keeps ``abs(x) >= cutoff``, ``x >= cutoff`` or ``x <= -cutoff``.
 
@@ -141,9 +149,7 @@ def label(
     ----------
     maps : real array (X, Y, Z) or (B, X, Y, Z)
     cutoff : float or array (B,)
-        Magnitudes to reach, in the units of `maps`, compared as in `threshold`. (`extract_regions`
-        asks for more than a percentile: ``numpy.nextafter(percentile, numpy.inf)`` in the dtype of
-        the map.)
+        Magnitudes to reach, in the units of `maps`, compared as in `threshold`.
     tail : {"both", "positive", "negative"}
         With ``"both"``, voxels of opposite signs never join one region.
     connectivity : {6, 18, 26}

@@ -29,11 +29,10 @@ def test_a_population_of_one_volume_holds_for_all():
     assert arrays.percentile_cutoff(MAPS, 80, population=population).tolist() == expected
 
 
-def test_nobody_ranked_is_nan_without_hiding_the_others():
+def test_nobody_ranked_is_infinite_without_hiding_the_others():
     maps = np.stack([np.full((2, 2, 2), -1.0), np.full((2, 2, 2), 2.0)])
-    np.testing.assert_array_equal(
-        arrays.percentile_cutoff(maps, 50, tail="positive"), [np.nan, 2.0]
-    )
+    cutoffs = arrays.percentile_cutoff(maps, 50, tail="positive")
+    assert cutoffs.tolist() == [np.inf, np.nextafter(2.0, 3.0)]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -42,7 +41,7 @@ def test_voxels_that_are_not_finite_are_background_and_rank_as_zero(bad):
     labels, count = arrays.label(volume, 0.5)
     assert labels.tolist() == [[[0, 1, 1, 0]]]
     assert count == 1
-    assert arrays.percentile_cutoff(volume, 50) == 0.5
+    assert arrays.percentile_cutoff(volume, 50) == np.nextafter(0.5, 1)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +102,8 @@ def test_percentiles_of_a_batch_can_be_labelled_whatever_they_are():
         [np.full((3, 3, 3), -1.0), np.eye(9).reshape(3, 3, 9)[:, :, :3], np.zeros((3,) * 3)]
     )
     cutoffs = arrays.percentile_cutoff(maps, 50, tail="positive")
-    assert np.isnan(cutoffs).tolist() == [True, False, False]
-    assert cutoffs[1:].tolist() == [0, 0]
+    smallest = np.nextafter(0.0, 1.0)
+    assert cutoffs.tolist() == [np.inf, smallest, smallest]
     _, counts = arrays.label(maps, cutoffs, tail="positive")
     assert counts.tolist() == [0, np.count_nonzero(maps[1]), 0]
 
@@ -115,7 +114,7 @@ def test_empty_arrays_have_nothing(shape):
     labels, counts = arrays.label(empty, 1.0)
     assert labels.shape == shape
     assert counts.sum() == 0
-    assert np.all(np.isnan(arrays.percentile_cutoff(empty, 97)))
+    assert np.all(np.isinf(arrays.percentile_cutoff(empty, 97)))
     assert arrays.remove_small(labels, 2).shape == shape
 
 
@@ -152,7 +151,8 @@ def test_shapes_that_do_not_fit_are_told():
     with pytest.raises(ValueError, match=r"population has shape \(4, 5\); pass \(2, 3, 4, 5\)"):
         arrays.percentile_cutoff(maps, 97, population=np.ones((4, 5), bool))
     volume = np.ones((3, 4, 5), bool)
-    assert arrays.percentile_cutoff(maps, 97, population=volume).tolist() == [0, 0]
+    smallest = float(np.nextafter(np.float32(0), np.float32(1)))
+    assert arrays.percentile_cutoff(maps, 97, population=volume).tolist() == [smallest] * 2
 
 
 @pytest.mark.parametrize("label", [-1, 2**40])

@@ -17,6 +17,7 @@ from matplotlib.testing.compare import compare_images
 import gpuroi
 from gpuroi import plotting
 from gpuroi.errors import DimensionError
+from gpuroi.image import threshold_img
 from gpuroi.plotting import Cut, _backgrounds
 from gpuroi.plotting._colors import N_COLORS, ValueColors, region_color, region_colors
 from gpuroi.plotting._cuts import cut_through_signal, cuts_along
@@ -674,6 +675,27 @@ class TestDisplays:
         environment = {"PATH": "/usr/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
         subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
         assert (tmp_path / "map.png").exists()
+
+
+class TestThresholdsOfMaps:
+    def test_percentiles_are_those_of_threshold_img(self):
+        tied = image(np.clip(head().get_fdata(dtype=np.float32), -2, 2), MM)
+        kept = threshold_img(tied, "80%").get_fdata()
+        as_value = plotting.plot_stat_map(tied, threshold=np.abs(kept[kept != 0]).min())
+        as_percentile = plotting.plot_stat_map(tied, threshold="80%")
+        assert (rendered(as_percentile) == rendered(as_value)).all()
+        with pytest.warns(UserWarning, match="threshold=99%: nothing is drawn"):  # all tie
+            plotting.plot_stat_map(tied, threshold="99%")
+
+    def test_that_leave_nothing_are_warned_of(self):
+        match = (
+            r"threshold=97: nothing is drawn, the largest magnitude is \S+ \(a percentile is text"
+        )
+        with pytest.warns(UserWarning, match=match):
+            plotting.plot_stat_map(head(), threshold=97)
+        with pytest.warns(UserWarning, match="nothing is drawn"):
+            plotting.plot_prob_atlas(head(), threshold=[1e9], view_type="contours")
+        plotting.plot_stat_map(image(np.zeros((5, 6, 7)), MM))  # there is nothing to draw
 
 
 class TestThresholdsOfAtlases:

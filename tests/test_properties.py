@@ -118,13 +118,29 @@ def test_value_regions_are_scipys(backend, volume, cutoff, tail, connectivity):
 
 @many
 @given(volume=volumes(), percent=st.floats(0, 100), tail=st.sampled_from(TAILS))
-def test_array_percentile_is_scoreatpercentile(volume, percent, tail):
+def test_array_percentiles_keep_what_is_above_scoreatpercentile(volume, percent, tail):
     population = ranked(volume, tail)
-    actual = arrays.percentile_cutoff(volume, percent, tail=tail)
-    if population.size:
-        assert actual == stats.scoreatpercentile(population, percent)
-    else:
-        assert np.isnan(actual)
+    cutoff = arrays.percentile_cutoff(volume, percent, tail=tail)
+    kept = arrays.threshold(volume, cutoff, tail=tail)
+    if not population.size:
+        assert np.isinf(cutoff)
+        return
+    score = stats.scoreatpercentile(population, percent)
+    assert np.count_nonzero(kept) == np.count_nonzero(population > score)
+    assert as_float(volume).dtype.type(cutoff) == cutoff
+    assert np.nextafter(as_float(volume).dtype.type(cutoff), -1) <= score < cutoff
+
+
+@mostly_zero
+@many
+@given(volume=volumes(), percent=st.sampled_from([0.0, 50.0, 80.0]), tail=st.sampled_from(TAILS))
+def test_arrays_and_images_have_the_same_regions(volume, percent, tail):
+    image = nib.spatialimages.SpatialImage(volume, np.eye(4))
+    regions = gpuroi.extract_regions(image, f"{percent}%", tail=tail, backend="cpu")
+    cutoff = arrays.percentile_cutoff(volume, percent, tail=tail)
+    labels, count = arrays.label(volume, cutoff, tail=tail)
+    np.testing.assert_array_equal(labels, regions.labels)
+    assert (count, cutoff) == (len(regions), regions.cutoff)
 
 
 @many

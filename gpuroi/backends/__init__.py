@@ -331,14 +331,6 @@ def available_backends() -> dict[str, str | None]:
     return reasons
 
 
-def check_name(name: str, origin: str = "backend=") -> None:
-    """Raise `UnknownBackendError` unless `name` is a backend's, or auto; it came from `origin`."""
-    if name not in ("auto", *names()):
-        raise UnknownBackendError(
-            f"{origin}{name!r} is unknown; gpuroi has {', '.join(names())} and 'auto'."
-        )
-
-
 def get_backend(backend: str | Backend = "auto") -> Backend:
     """Return the backend of that name; an instance is returned as it is.
 
@@ -382,7 +374,10 @@ def get_backend(backend: str | Backend = "auto") -> Backend:
     if name == "auto":
         name, origin = os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"{ENVIRONMENT_VARIABLE}="
     if name != "auto":
-        check_name(name, origin)
+        if name not in names():
+            raise UnknownBackendError(
+                f"{origin}{name!r} is unknown; gpuroi has {', '.join(names())} and 'auto'."
+            )
         return _load(name)
     reasons = []
     for candidate in PREFERENCE:

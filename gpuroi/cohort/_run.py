@@ -15,7 +15,7 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 
-from gpuroi.backends import Backend, check_name, environments, get_backend
+from gpuroi.backends import Backend, environments, get_backend, names
 from gpuroi.checks import at_least_one
 from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._consumer import Consumer
@@ -177,8 +177,12 @@ def extract_cohort(
         If another run writes to `out_dir`.
     DeviceLostError
         If a device fails and `on_gpu_error` is ``"stop"``.
+    WorkerDiedError
+        If the system starts no processes, or ends those that sum up.
     OutputError
         If the disk of `out_dir` is full or read-only.
+    OutputChangedError
+        If outputs are changed by others before they are summed up.
     BackendUnavailableError, UnknownBackendError
         If `backend` cannot run here, or does not exist.
     MissingExtraError
@@ -219,10 +223,8 @@ def extract_cohort(
     shards = [shard] if shard is None else [(i, shard[1]) for i in range(1, shard[1] + 1)]
     cohort = list(chain.from_iterable(part_of(everything, shard=i, limit=limit) for i in shards))
     refuse_to_replace(folder, everything, chosen.mask_files())
-    if client is None:
+    if client is None or backend not in ("auto", *names()):  # what the workers have, they tell
         backend = get_backend(backend).name
-    else:
-        check_name(backend)
     with disk_errors(folder), Ledger(folder, shard) as ledger:
         job = Job(
             folder,

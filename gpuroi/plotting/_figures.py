@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from gpuroi import io
-from gpuroi.algorithms.threshold import parse_threshold
+from gpuroi.algorithms.threshold import cutoff_above, parse_threshold, percentile_scores
+from gpuroi.arrays import computable
+from gpuroi.backends.cpu import CpuBackend
 from gpuroi.checks import at_least_zero, check_choice
-from gpuroi.errors import DimensionError
+from gpuroi.errors import DimensionError, warn
 from gpuroi.niimg import load_images
 from gpuroi.plotting._colors import ValueColors, region_color, region_colors
 from gpuroi.plotting._display import Display
@@ -122,7 +124,9 @@ def plot_stat_map(
     values = signal.data
     level = 0.0
     if threshold is not None:
-        level = _level(threshold, _magnitudes(values), values.size, auto="80%")
+        magnitudes = _magnitudes(values)
+        level = _level(threshold, magnitudes, values.size, auto=80)
+        _warn_of_emptiness(threshold, level, magnitudes.max(initial=0))
     colors = ValueColors.of(
         float(values.min(initial=0)),
         float(values.max(initial=0)),
@@ -376,20 +380,34 @@ def show() -> None:
         pyplot.show()
 
 
-def _level(threshold: float | str, magnitudes: NDArray[Any], n_voxels: int, auto: str) -> float:
+def _level(threshold: float | str, magnitudes: NDArray[Any], n_voxels: int, auto: float) -> float:
     """Return the magnitude that `threshold` asks for.
 
-    `magnitudes` are those above zero of `n_voxels`, of which a percentile ranks all.
+    `magnitudes` are those above zero of `n_voxels`, of which a percentile ranks all; `auto` is the
+    percentile that "auto" stands for, counted as nilearn does: down to a rank, ties included.
     """
-    parsed = parse_threshold(
-        auto if isinstance(threshold, str) and threshold == "auto" else threshold
-    )
-    if not parsed.is_percentile:
-        if parsed.value < 0:
-            raise ValueError(f"threshold={threshold!r} is below zero; a threshold is a magnitude.")
-        return parsed.value
-    rank = int(parsed.value / 100 * (n_voxels - 1)) - (n_voxels - magnitudes.size)
-    return float(np.partition(magnitudes, rank)[rank]) if rank >= 0 else 0.0
+    n_zeros = n_voxels - magnitudes.size
+    if isinstance(threshold, str) and threshold == "auto":
+        rank = int(auto / 100 * (n_voxels - 1)) - n_zeros
+        return float(np.partition(magnitudes, rank)[rank]) if rank >= 0 else 0.0
+    parsed = parse_threshold(threshold)
+    if parsed.is_percentile:
+        everything = np.concatenate([np.zeros(n_zeros, magnitudes.dtype), magnitudes])
+        volumes = computable(everything.reshape(1, 1, 1, -1))
+        scores, _ = percentile_scores(CpuBackend(), volumes, parsed.value, "both")
+        return float(cutoff_above(scores, volumes.dtype)[0])
+    if parsed.value < 0:
+        raise ValueError(f"threshold={threshold!r} is below zero; a threshold is a magnitude.")
+    return parsed.value
+
+
+def _warn_of_emptiness(threshold: Any, lowest: float, highest: float) -> None:
+    """Warn if there is something, and no magnitude up to `highest` reaches the `lowest` level."""
+    if 0 < highest < lowest:
+        warn(
+            f"threshold={threshold}: nothing is drawn, the largest magnitude is {highest:g} "
+            "(a percentile is text, such as '97%')."
+        )
 
 
 def _magnitudes(values: NDArray[Any]) -> NDArray[Any]:
@@ -429,7 +447,7 @@ class _Atlas:
     def levels(self, threshold: Any, share: float) -> list[float]:
         """Return a level above zero for each volume; ``"auto"`` leaves `share` to all together."""
         n = len(self.volumes)
-        auto = f"{100 * (1 - share / n)}%"
+        auto = 100 * (1 - share / n)
         each = [threshold] * n
         if isinstance(threshold, Sequence | np.ndarray) and not isinstance(threshold, str):
             each = list(threshold)
@@ -442,6 +460,8 @@ class _Atlas:
             if level <= 0:
                 level = float(magnitudes.min()) / 2 if magnitudes.size else 1.0
             levels.append(level)
+        highest = max((one.max(initial=0) for one in self.magnitudes), default=0)
+        _warn_of_emptiness(threshold, min(levels, default=0), highest)
         return levels
 
 
