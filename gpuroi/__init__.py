@@ -11,7 +11,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpuroi import arrays, datasets, errors, image, plotting, regions, report
+    from gpuroi import (
+        arrays,
+        backends,
+        cohort,
+        datasets,
+        errors,
+        image,
+        plotting,
+        regions,
+        report,
+    )
     from gpuroi.backends import available_backends, get_backend
     from gpuroi.cohort import extract_cohort
     from gpuroi.extract import extract_regions
@@ -28,13 +38,25 @@ _HOME = {
     "get_backend": "gpuroi.backends",
     "load_regions": "gpuroi.saved",
 }
-_SUBMODULES = ("arrays", "datasets", "errors", "image", "plotting", "regions", "report")
+_SUBMODULES = (
+    "arrays",
+    "backends",
+    "cohort",
+    "datasets",
+    "errors",
+    "image",
+    "plotting",
+    "regions",
+    "report",
+)
 
 __all__ = [
     "Regions",
     "__version__",
     "arrays",
     "available_backends",
+    "backends",
+    "cohort",
     "datasets",
     "errors",
     "extract_cohort",

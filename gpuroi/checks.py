@@ -13,16 +13,18 @@ def shown(value: object) -> str:
 
 def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> Any:
     """Return `value` if it is one of `accepted`; `name` is the parameter it was passed as."""
-    if not isinstance(value, str | int) or value not in accepted:
+    if not isinstance(value, str | numbers.Integral) or value not in accepted:
         choices = ", ".join(repr(choice) for choice in accepted)
-        raise ValueError(f"{name}={value!r} is not one of {choices}.")
-    return value
+        raise ValueError(f"{name}={shown(value)} is not one of {choices}.")
+    return accepted[accepted.index(value)]  # not NumPy's number that equals it
 
 
 def at_least_zero(parameter: str, value: float, unit: str) -> float:
     """Return `value` if it is a finite number >= 0; `parameter` and `unit` are for messages."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{parameter}={value!r} is a {type(value).__name__}; pass {unit} >= 0.")
+        raise TypeError(
+            f"{parameter}={shown(value)} is a {type(value).__name__}; pass a number of {unit} >= 0."
+        )
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{parameter}={value!r} is not a finite number >= 0 (in {unit}).")
     return float(value)
@@ -31,7 +33,9 @@ def at_least_zero(parameter: str, value: float, unit: str) -> float:
 def at_least_one(parameter: str, value: int, unit: str) -> int:
     """Return `value` if it is an integer >= 1; `parameter` and `unit` are for messages."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{parameter}={value!r} is a {type(value).__name__}; pass {unit} >= 1.")
+        raise TypeError(
+            f"{parameter}={shown(value)} is a {type(value).__name__}; pass a number of {unit} >= 1."
+        )
     if value < 1:
         raise ValueError(f"{parameter}={value!r} is not a number of {unit} >= 1.")
     return int(value)

@@ -10,6 +10,7 @@ import numpy as np
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
+from gpuroi import words
 from gpuroi.algorithms.threshold import Threshold, cutoff_at, parse_threshold, percentile_scores
 from gpuroi.arrays import computable
 from gpuroi.backends import Backend, LabelledVoxels, get_backend
@@ -135,8 +136,11 @@ def _cutoff(backend: Backend, ranked: NDArray[Any], threshold: Threshold, two_si
         return math.inf if math.isnan(score) else float(score) + NILEARN_OFFSET
     value = threshold.value
     if value >= 0:
-        highest = max(ranked.max(initial=0), -float(ranked.min(initial=0)) if two_sided else 0)
-        beyond = f"exceeds {highest}, the largest value" if value > highest else None
+        highest = float(ranked.max()) if ranked.size else 0.0
+        if two_sided and ranked.size:
+            highest = max(highest, -float(ranked.min()))
+        kind = "magnitude" if two_sided else "value"
+        beyond = f"exceeds {highest}, the largest {kind}" if value > max(highest, 0) else None
     else:
         lowest = ranked.min(initial=0)
         beyond = f"is below {lowest}, the smallest value" if value < lowest else None
@@ -163,5 +167,5 @@ def _zero_small_clusters(backend: Backend, data: NDArray[Any], min_voxels: int) 
 def _zero_not_finite(data: NDArray[Any]) -> None:
     not_finite = ~np.isfinite(data)
     if not_finite.any():
-        warn(f"{np.count_nonzero(not_finite)} voxels are NaN or infinite; they are set to zero.")
+        warn(f"{words.not_finite(int(np.count_nonzero(not_finite)))}, and set to zero.")
         data[not_finite] = 0

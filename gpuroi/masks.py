@@ -7,10 +7,25 @@ import scipy  # which loads its parts when they are first used
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
-from gpuroi import io
+from gpuroi import io, words
+from gpuroi.checks import shown
 from gpuroi.errors import DimensionError, InvalidMapError, warn
 from gpuroi.space import check_affine, difference_of_grids, same_grid
 from gpuroi.types import ImageLike
+
+
+def load_image(
+    mask_img: ImageLike, parameter: str, accepted: str = "a path or an image"
+) -> SpatialImage:
+    """Return `io.load` of a mask; errors name its `parameter`, and what is `accepted`."""
+    try:
+        return io.load(mask_img)
+    except TypeError:
+        raise TypeError(
+            f"{parameter}={shown(mask_img)} is a {type(mask_img).__name__}; pass {accepted}."
+        ) from None
+    except InvalidMapError as error:
+        raise InvalidMapError(f"{parameter}: {error}") from error
 
 
 def check_mask(mask_img: SpatialImage, parameter: str) -> None:
@@ -51,7 +66,7 @@ def load_mask(
         If the mask is not 3-D, on another grid, empty, or made of more than one value inside.
     """
     name = f"{parameter} {io.describe(mask_img)}"
-    data, mask_affine = _three_dimensional(io.load(mask_img), name)
+    data, mask_affine = _three_dimensional(load_image(mask_img, parameter), name)
     if not same_grid(data.shape, mask_affine, shape, affine):
         if not resample:
             raise InvalidMapError(
@@ -62,9 +77,7 @@ def load_mask(
         data = _nearest(data, mask_affine, shape, affine)
     not_finite = ~np.isfinite(data)
     if not_finite.any():
-        warn(
-            f"{name}: {np.count_nonzero(not_finite)} voxels are NaN or infinite; they are outside."
-        )
+        warn(f"{name}: {words.not_finite(int(np.count_nonzero(not_finite)))}, and outside.")
         data = np.where(not_finite, 0, data)
     return _inside(data, name, "everywhere on the map")
 

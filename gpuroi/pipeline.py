@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuroi import io
+from gpuroi import io, words
 from gpuroi.algorithms.local_regions import Contest, find_seeds, warn_of_undecided
 from gpuroi.algorithms.measure import gather
 from gpuroi.algorithms.threshold import cutoff_above, cutoff_at, one_sided, percentile_scores
@@ -258,7 +258,7 @@ def prepare(source: io.Map) -> Prepared:
         n_not_finite = int(volume.size - np.count_nonzero(finite))
         volume = np.where(finite, volume, volume.dtype.type(0))
         lowest, highest = volume.min(), volume.max()
-        warn(f"{source.name}: {n_not_finite} voxels are NaN or infinite; they become background.")
+        warn(f"{source.name}: {words.not_finite(n_not_finite)}, and become background.")
     return Prepared(source, volume, n_not_finite, float(max(highest, -lowest)))
 
 

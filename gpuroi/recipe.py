@@ -13,8 +13,7 @@ from gpuroi import io
 from gpuroi.algorithms.local_regions import SEED_DISTANCE_VOXELS
 from gpuroi.algorithms.threshold import Threshold, parse_threshold
 from gpuroi.checks import at_least_one, at_least_zero, check_choice, shown
-from gpuroi.errors import InvalidMapError
-from gpuroi.masks import check_mask
+from gpuroi.masks import check_mask, load_image
 from gpuroi.types import CONNECTIVITIES, TAILS, Connectivity, ImageLike, Tail
 
 Method = Literal["connected_components", "local_regions"]
@@ -103,7 +102,7 @@ def make_recipe(
         min_region_size_mm3=at_least_zero("min_region_size", min_region_size, "mm^3"),
         smoothing_fwhm_mm=at_least_zero("smoothing_fwhm", smoothing_fwhm, "mm"),
         seed_distance_voxels=at_least_one("seed_distance", seed_distance, "voxels"),
-        resample_mask=resample_mask,
+        resample_mask=check_choice("resample_mask", resample_mask, (True, False)),
     )
 
 
@@ -146,19 +145,11 @@ def _population(population: Any) -> Any:
         raise ValueError(
             f"population={population!r} is neither 'all' nor 'nonzero', nor an existing file."
         )
-    return _mask("population", population)
+    return _mask("population", population, "a path, an image, 'all' or 'nonzero'")
 
 
-def _mask(parameter: str, mask: Any) -> SpatialImage:
+def _mask(parameter: str, mask: Any, accepted: str = "a path or an image") -> SpatialImage:
     """Return a mask as an image, so that a file is read and checked once for all maps."""
-    try:
-        image = io.load(mask)
-    except TypeError:
-        also = ", 'all' or 'nonzero'" if parameter == "population" else ""
-        raise TypeError(
-            f"{parameter}={shown(mask)} is a {type(mask).__name__}; pass a path, an image{also}."
-        ) from None
-    except InvalidMapError as error:
-        raise InvalidMapError(f"{parameter}: {error}") from error
+    image = load_image(mask, parameter, accepted)
     check_mask(image, parameter)
     return image

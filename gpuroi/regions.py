@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuroi import io
+from gpuroi import io, words
 from gpuroi.algorithms.local_regions import (
     SEED_DISTANCE_VOXELS,
     find_seeds,
@@ -159,7 +159,7 @@ def _in_batches(
         for volume, found in zip(volumes, labelled, strict=True):
             yield gather(found, volume)
     if n_not_finite:
-        warn(f"{n_not_finite} voxels are NaN or infinite; they are background.")
+        warn(f"{words.not_finite(n_not_finite)}, and background.")
 
 
 def _components(

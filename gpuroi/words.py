@@ -14,6 +14,11 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
+def not_finite(n: int) -> str:
+    """Return what a warning says of `n` voxels."""
+    return f"{counted(n, 'voxel')} {'is' if n == 1 else 'are'} NaN or infinite"
+
+
 def cutoff_of(provenance: "Provenance") -> float:
     """Return the magnitude that voxels had to reach; JSON has no infinity."""
     cutoff: float | None = provenance["cutoff"]

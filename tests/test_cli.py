@@ -373,7 +373,7 @@ class TestSaid:
         result = run("extract", "m[1].nii", *BOTH, "-o", "out")
         assert result.exit_code == 0
         assert complaints(result) == (
-            ["warning: m[1].nii: 2 voxels are NaN or infinite; they become background."],
+            ["warning: m[1].nii: 2 voxels are NaN or infinite, and become background."],
             "1 map: 1 done, 2 regions",
         )
         np.testing.assert_array_equal(
@@ -967,14 +967,30 @@ class TestFailures:
         assert complaints(result)[0] == ["failed: b.nii: AssertionError"]
 
     def test_all_bad(self):
-        result = run("extract", "missing.nii", "-o", "out")
+        Path("bad.nii").write_bytes(b"no map")
+        result = run("extract", "bad.nii", "-o", "out")
         assert result.exit_code == 1
-        assert complaints(result) == (
-            ["failed: missing.nii: no such file."],
-            "1 map: 0 done, 1 failed (out/failures.tsv), 0 regions",
-        )
+        (said,), ended = complaints(result)
+        assert said.startswith("failed: bad.nii: expected a NIfTI header")
+        assert ended == "1 map: 0 done, 1 failed (out/failures.tsv), 0 regions"
         assert result.stdout == ""
         assert written() == outputs(others=["failures.tsv"])
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["typo.nii"], r"error: typo\.nii: there is no such file\.\n"),
+            (
+                ["a.nii", "b.nii"],
+                r"error: none of 2 maps is there, neither a\.nii nor ",
+            ),
+        ],
+    )
+    def test_none_that_is_there(self, names, message):
+        result = run("extract", *names, "-o", "out")
+        assert result.exit_code == 2
+        assert re.match(message, result.stderr)
+        assert not Path("out").exists()
 
     def test_a_reason_without_the_map_is_given_its_name(self, monkeypatch):
         def broken(*arguments, **options):
@@ -1048,24 +1064,28 @@ class TestFailures:
         ("arguments", "message"),
         [
             ([], r"there is no map to work on; name a file, or pass --sample\."),
-            (["m.nii", "--threshold", "x%"], r"threshold='x%' has no number; pass .*'97%'"),
-            (["m.nii", "--threshold", "True"], "threshold='True' has no number; pass .*'97%'"),
-            (["m.nii", "--threshold", "101%"], "threshold='101%' is outside 0% to 100%; pass"),
-            (["m.nii", "--threshold", "-3%"], "threshold='-3%' is outside 0% to 100%; pass"),
-            (["m.nii", "--threshold", "nan"], "threshold=nan is not a number that voxels can"),
-            (["m.nii", "--threshold", "-3"], "threshold=-3.0 is below zero; .*threshold=3 with"),
-            (["m.nii", "--tail", "up"], "tail='up' is not one of 'both', 'positive', 'negative'"),
-            (["m.nii", "--connectivity", "7"], r"connectivity=7 is not one of 6, 18, 26\."),
+            (["m.nii", "--threshold", "x%"], r"--threshold x% is no number followed by .*'97%'"),
+            (["m.nii", "--threshold", "True"], "--threshold True is no number followed by .*'97%'"),
+            (["m.nii", "--threshold", "9_7"], "--threshold 9_7 is no number followed by"),
+            (["m.nii", "--threshold", "101%"], "--threshold 101% is outside 0% to 100%; pass"),
+            (["m.nii", "--threshold", "-3%"], "--threshold -3% is outside 0% to 100%; pass"),
+            (["m.nii", "--threshold", "nan"], "--threshold nan is not a number that voxels can"),
+            (
+                ["m.nii", "--threshold", "-3"],
+                "--threshold -3.0 is below zero; .*--threshold 3 w",
+            ),
+            (["m.nii", "--tail", "up"], "--tail up is not one of 'both', 'positive', 'negative'"),
+            (["m.nii", "--connectivity", "7"], r"--connectivity 7 is not one of 6, 18, 26\."),
             (["m.nii", "--connectivity", "six"], "Invalid value for '--connectivity'"),
-            (["m.nii", "--method", "walk"], "method='walk' is not one of 'connected_components'"),
+            (["m.nii", "--method", "walk"], "--method walk is not one of 'connected_components'"),
             (
                 ["m.nii", "--method", "local_regions", "--connectivity", "26"],
-                "connectivity=26 has no meaning for method='local_regions'",
+                "--connectivity 26 has no meaning for --method local_regions",
             ),
-            (["m.nii", "--backend", "tpu"], "backend='tpu' is unknown; gpuroi has cpu, cuda and"),
-            (["m.nii", "--min-region-size", "-1"], "min_region_size=-1.0 is not a finite number"),
-            (["m.nii", "--min-region-size", "nan"], "min_region_size=nan is not a finite number"),
-            (["m.nii", "--population", "brain"], "population='brain' is neither 'all' nor"),
+            (["m.nii", "--backend", "tpu"], "--backend tpu is unknown; gpuroi has cpu, cuda and"),
+            (["m.nii", "--min-region-size", "-1"], "--min-region-size -1.0 is not a finite number"),
+            (["m.nii", "--min-region-size", "nan"], "--min-region-size nan is not a finite number"),
+            (["m.nii", "--population", "brain"], "--population brain is neither 'all' nor"),
             (["m.nii", "--mask", "no.nii"], "'--mask': .*'no.nii' does not exist"),
             (["m.nii", "--mask", "."], "'--mask': .*'.' is a directory"),
             (["m.nii", "-o", "m.nii"], "'--output' / '-o': .*'m.nii' is a file"),
@@ -1081,12 +1101,15 @@ class TestFailures:
             (["m.nii", "--shard", "0/2"], r"shard 0/2 does not exist; pass 1/2 and on\."),
             (["m.nii", "--shard", "3/2"], r"shard 3/2 does not exist"),
             (["m.nii", "--shard", "1/2", "--report"], "--report and --shard do not go together"),
-            (["m.nii", "--limit", "0"], "limit=0 leaves nothing to do; pass a number of maps >= 1"),
-            (["m.nii", "--jobs", "0"], "jobs=0 is not a number of processes >= 1"),
+            (
+                ["m.nii", "--limit", "0"],
+                "--limit 0 leaves nothing to do; pass a number of maps",
+            ),
+            (["m.nii", "--jobs", "0"], "--jobs 0 is not a number of processes >= 1"),
             (["m.nii", "--jobs", "2", "--dask", "x:1"], "--jobs and --dask do not go together"),
             (["m.nii", "--batch-size", "0"], "--batch-size '0' is neither auto nor a number of"),
             (["m.nii", "--batch-size", "many"], "--batch-size 'many' is neither auto nor"),
-            (["m.nii", "--on-gpu-error", "go"], "on_gpu_error='go' is neither 'stop' nor 'cpu'"),
+            (["m.nii", "--on-gpu-error", "go"], "--on-gpu-error go is neither 'stop' nor 'cpu'"),
             (["m.nii", "--dask", "s.json"], r"--dask 's\.json' is neither the address of a sched"),
             (["m.img", "M.hdr", "m.HDR"], "m.img and m.HDR would both write m_desc-regions_dseg"),
             (["m.nii", "--nonsense"], "No such option: --nonsense"),
@@ -1166,11 +1189,12 @@ class TestReport:
         assert '<td class="words">&lt;b&gt;.nii</td>' in Path("out/report.html").read_text()
 
     def test_of_nothing_but_failures(self):
-        result = run("extract", "missing.nii", "-o", "out", report=True)
+        Path("bad.nii").write_bytes(b"no map")
+        result = run("extract", "bad.nii", "-o", "out", report=True)
         assert result.exit_code == 1
         assert result.stdout == "The report is out/report.html\n"
         assert written() == outputs(others=["failures.tsv", "report.html"])
-        assert "missing.nii: no such file." in Path("out/report.html").read_text()
+        assert "bad.nii: expected a NIfTI header" in Path("out/report.html").read_text()
 
     @pytest.mark.parametrize("step", ["add", "write"])
     def test_one_that_cannot_be_written_loses_no_results(self, step, monkeypatch):

@@ -714,7 +714,9 @@ class TestDask:
                 tmp_path / "in", tmp_path / "out", RECIPE, client=client, batch_size=2
             )
         for i, record in enumerate(report.records):
-            name = f"{record.source}: {i % 4} voxels are NaN or infinite"
+            name = (
+                f"{record.source}: {i % 4} voxel{'s are' if i % 4 > 1 else ' is'} NaN or infinite"
+            )
             assert [warning.startswith(name) for warning in record.warnings] == [True] * (i % 4 > 0)
 
     @pytest.mark.slow

@@ -41,16 +41,24 @@ class TestMissingMaps:
 
     def test_keep_their_results(self, paths, out):
         before = contents(out)
-        away = paths[0].parent.rename(paths[0].parent.with_name("away"))
+        away = [path.rename(path.with_suffix(".away")) for path in paths[:3]]
         for _ in range(2):
             report = run(paths, out)
-            assert [one.is_missing for one in report.failures] == [True] * 4
+            assert [one.is_missing for one in report.failures] == [True] * 3
             assert outputs(out) == {name: before[name] for name in before if "_dseg." in name}
-        away.rename(paths[0].parent)
+        for path, elsewhere in zip(paths[:3], away, strict=True):
+            elsewhere.rename(path)
         report = run(paths, out)
         assert (report.n_done, report.n_skipped, report.failures) == (0, 4, ())
         assert contents(out) == before
         assert run(paths, out).n_skipped == 4
+
+    def test_end_the_run_if_all_are_missing(self, paths, out):
+        before = contents(out)
+        paths[0].parent.rename(paths[0].parent.with_name("away"))
+        with pytest.raises(ValueError, match="none of 4 maps is there, neither"):
+            run(paths, out)
+        assert contents(out) == before
 
     def test_are_done_again_if_what_comes_back_is_not_what_was_there(self, paths, out):
         content = paths[1].read_bytes()

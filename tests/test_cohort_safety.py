@@ -340,7 +340,7 @@ class TestParameters:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"jobs": 2.5}, "jobs=2.5 is a float; pass processes >= 1"),
+            ({"jobs": 2.5}, "jobs=2.5 is a float; pass a number of processes >= 1"),
             ({"batch_size": True}, "batch_size=True is a bool"),
             ({"recipe": "97%"}, "recipe='97%' is a str; pass a mapping such as"),
             ({"recipe": {"treshold": 3}}, "no parameter 'treshold'; did you mean 'threshold'"),

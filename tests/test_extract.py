@@ -196,7 +196,7 @@ class TestReadingAhead:
             nib.save(image(data), path)
         with pytest.warns(UserWarning, match="NaN or infinite") as caught:
             gpuroi.extract_regions(paths, "90%", backend=library_on_cpu())
-        assert [str(one.message).partition(" voxels")[0][-1] for one in caught] == ["1", "2"]
+        assert [str(one.message).partition(" voxel")[0][-1] for one in caught] == ["1", "2"]
         assert {one.filename for one in caught} == {__file__}
 
     def test_the_first_damaged_file_is_told(self, paths):
@@ -402,7 +402,7 @@ class TestNotFinite:
         clean = data.copy()
         data[0, :3, 0] = [np.nan, np.inf, -np.inf]
         clean[0, :3, 0] = 0
-        with pytest.warns(UserWarning, match="3 voxels are NaN or infinite; they become") as caught:
+        with pytest.warns(UserWarning, match="3 voxels are NaN or infinite, and become") as caught:
             regions = gpuroi.extract_regions(image(data), "90%")
         assert len(caught) == 1
         assert regions.provenance["voxels_not_finite"] == 3
@@ -420,13 +420,20 @@ class TestParameters:
         ("arguments", "error", "message"),
         [
             ({"threshold": "97"}, ValueError, "threshold='97' has no percent sign; pass '97%'"),
-            ({"threshold": "x%"}, ValueError, "threshold='x%' has no number; pass a percentile"),
+            (
+                {"threshold": "x%"},
+                ValueError,
+                "threshold='x%' is no number followed by a percent sign; pass a percentile",
+            ),
+            ({"threshold": "0.97"}, ValueError, "no percent sign; pass '97%' for a percentile or"),
+            ({"threshold": "1e4"}, ValueError, "threshold='1e4' is text; pass the number 1e4"),
+            ({"resample_mask": "yes"}, ValueError, "resample_mask='yes' is not one of True, False"),
             ({"threshold": "-3%"}, ValueError, "threshold='-3%' is outside 0% to 100%"),
             ({"threshold": "101%"}, ValueError, "threshold='101%' is outside 0% to 100%"),
             ({"threshold": "nan%"}, ValueError, "threshold='nan%' is outside 0% to 100%"),
-            ({"threshold": "%"}, ValueError, "threshold='%' has no number"),
-            ({"threshold": "9_7%"}, ValueError, "threshold='9_7%' has no number"),
-            ({"threshold": "\N{ARABIC-INDIC DIGIT NINE}%"}, ValueError, "has no number"),
+            ({"threshold": "%"}, ValueError, "threshold='%' is no number"),
+            ({"threshold": "9_7%"}, ValueError, "threshold='9_7%' is no number"),
+            ({"threshold": "\N{ARABIC-INDIC DIGIT NINE}%"}, ValueError, "is no number followed"),
             ({"threshold": np.nan}, ValueError, "threshold=nan is not a number that voxels can"),
             ({"threshold": True}, TypeError, "threshold=True is a bool; pass a percentile"),
             ({"threshold": None}, TypeError, "threshold=None is a NoneType; pass a percentile"),
@@ -624,7 +631,7 @@ def test_warnings_point_at_the_line_of_the_user():
 
 def test_a_wrong_mask_is_shown_in_a_line():
     with pytest.raises(
-        TypeError, match=r"mask_img=array.* is a ndarray; pass a path, an image"
+        TypeError, match=r"mask_img=array.* is a ndarray; pass a path or an image"
     ) as caught:
         gpuroi.extract_regions(image(blobs()), mask_img=np.ones((30, 30, 30)))
     assert len(str(caught.value)) < 200
@@ -657,3 +664,14 @@ class TestTablesAreTheirOwners:
         np.testing.assert_array_equal(
             nib.load(found["labels"]).dataobj, nib.load(expected["labels"]).dataobj
         )
+
+
+def test_numbers_of_numpy_are_numbers():
+    img = image(blobs())
+    expected = gpuroi.extract_regions(img, 1.0, connectivity=18, min_region_size=40).labels
+    for connectivity in np.array([18], "i8"), np.array([18], "u1"):
+        regions = gpuroi.extract_regions(
+            img, np.float32(1), connectivity=connectivity[0], min_region_size=np.int64(40)
+        )
+        np.testing.assert_array_equal(regions.labels, expected)
+        assert type(regions.provenance["parameters"]["connectivity"]) is int

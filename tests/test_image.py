@@ -174,7 +174,7 @@ class TestVoxels:
         data[2, 3, :4] = [np.nan, np.inf, -np.inf, np.nan]
         kept = assert_same_answer(lambda: image(data.copy()), threshold, copy=copy)
         assert not kept.get_fdata()[2, 3, :4].any()
-        with pytest.warns(UserWarning, match="4 voxels are NaN or infinite; they are set to zero"):
+        with pytest.warns(UserWarning, match="4 voxels are NaN or infinite, and set to zero"):
             threshold_img(image(data), threshold)
 
     def test_that_are_never_finite_leave_nothing(self, assert_same_answer):
@@ -197,13 +197,14 @@ class TestVoxels:
     @pytest.mark.parametrize(
         ("threshold", "two_sided", "match"),
         [
-            (9, True, r"threshold=9.0 exceeds 8.0, the largest value"),
+            (9, True, r"threshold=9.0 exceeds 8.0, the largest magnitude"),
             (6, False, r"threshold=6.0 exceeds 5.0, the largest value"),
+            (3, False, r"threshold=3.0 exceeds -1.0, the largest value"),
             (-9, False, r"threshold=-9.0 is below -8.0, the smallest value"),
         ],
     )
     def test_that_all_fall_short_are_worth_a_warning(self, threshold, two_sided, match):
-        data = np.array([[[5.0, -8.0, 0.0]]])
+        data = np.array([[[5.0, -8.0, 0.0]]]) if threshold != 3 else np.full((2, 2, 2), -1.0)
         with pytest.warns(UserWarning, match=match):
             assert not threshold_img(image(data), threshold, 0, two_sided).get_fdata().any()
 
@@ -406,7 +407,7 @@ class TestBadParameters:
         ("kwargs", "error", "match"),
         [
             ({"threshold": "97"}, ValueError, r"'97' has no percent sign; pass '97%'"),
-            ({"threshold": "x%"}, ValueError, r"threshold='x%' has no number"),
+            ({"threshold": "x%"}, ValueError, r"threshold='x%' is no number"),
             ({"threshold": "nan%"}, ValueError, "threshold='nan%' is outside 0% to 100%"),
             ({"threshold": "-3%"}, ValueError, "threshold='-3%' is outside 0% to 100%"),
             ({"threshold": "101%"}, ValueError, "threshold='101%' is outside 0% to 100%"),
@@ -424,8 +425,8 @@ class TestBadParameters:
             ({"img": 5}, TypeError, "img is a int; pass a path or a 3-D or 4-D nibabel image"),
             ({"img": []}, TypeError, "img is a list"),
             ({"img": np.zeros((2, 2, 2))}, TypeError, "img is a ndarray"),
-            ({"mask_img": [1]}, TypeError, "a list is not an image; pass a path or a nibabel"),
-            ({"mask_img": np.ones((9, 8, 7))}, TypeError, "a ndarray is not an image"),
+            ({"mask_img": [1]}, TypeError, r"mask_img=\[1\] is a list; pass a path or an image"),
+            ({"mask_img": np.ones((9, 8, 7))}, TypeError, "is a ndarray; pass a path or an image"),
         ],
     )
     def test_raise_what_nilearn_raises(self, blobs, answer, kwargs, error, match):

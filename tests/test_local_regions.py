@@ -160,7 +160,11 @@ class TestNativeDoor:
         [
             ({"connectivity": 26}, ValueError, "connectivity=26 has no meaning for method='local"),
             ({"seed_distance": 0}, ValueError, "seed_distance=0 is not a number of voxels >= 1"),
-            ({"seed_distance": 2.5}, TypeError, "seed_distance=2.5 is a float; pass voxels"),
+            (
+                {"seed_distance": 2.5},
+                TypeError,
+                "seed_distance=2.5 is a float; pass a number of voxels",
+            ),
         ],
     )
     def test_what_cannot_be_meant_is_refused(self, blobs, arguments, error, message):
@@ -171,7 +175,7 @@ class TestNativeDoor:
 @pytest.mark.parametrize(
     ("smoothing_fwhm", "error", "message"),
     [
-        ("fast", TypeError, "smoothing_fwhm='fast' is a str; pass mm >= 0"),
+        ("fast", TypeError, "smoothing_fwhm='fast' is a str; pass a number of mm >= 0"),
         (-1, ValueError, "smoothing_fwhm=-1 is not a finite number >= 0"),
         (np.nan, ValueError, "smoothing_fwhm=nan is not a finite number"),
     ],

@@ -285,7 +285,7 @@ class TestDeviations:
         with np.errstate(invalid="ignore"):
             theirs, _ = nilearn_regions.connected_regions(image(data), 0, COMPONENTS)
         assert np.isnan(theirs.get_fdata()[0, 0, 1]).all()
-        with pytest.warns(UserWarning, match="2 voxels are NaN or infinite; they are background"):
+        with pytest.warns(UserWarning, match="2 voxels are NaN or infinite, and background"):
             ours, _ = connected_regions(image(data), 0, COMPONENTS)
         expected = np.zeros((1, 1, 9, 2), np.float32)
         expected[0, 0, 0, 0], expected[0, 0, 3, 1] = 3, 4

@@ -48,7 +48,7 @@ plotting.plot_stat_map(
     output_file=folder / "threshold_value.png",
 )
 
-# Regions of at least 1500 mm^3, each a volume of a 4-D image.
+# Regions of more than 1500 mm^3, each a volume of a 4-D image.
 regions_percentile_img, index = connected_regions(threshold_percentile_img, min_region_size=1500)
 regions_value_img, index = connected_regions(threshold_value_img, min_region_size=1500)
 

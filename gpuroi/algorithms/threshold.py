@@ -41,12 +41,17 @@ def parse_threshold(threshold: float | str) -> Threshold:
         accepted = "pass a percentile such as '97%' (0% to 100%), or a number in map units"
         number = threshold.strip().removesuffix("%")
         if not _NUMBER.fullmatch(number.strip()):
-            raise ValueError(f"threshold={threshold!r} has no number; {accepted}.")
+            raise ValueError(
+                f"threshold={threshold!r} is no number followed by a percent sign; {accepted}."
+            )
         value = float(number)
         if not threshold.strip().endswith("%"):
+            percent = 100 * value if 0 < value < 1 else value
+            if not 0 <= percent <= 100:
+                raise ValueError(f"threshold={threshold!r} is text; pass the number {number}.")
             raise ValueError(
-                f"threshold={threshold!r} has no percent sign; pass '{number}%' for a percentile "
-                f"or the number {number} for a value in map units."
+                f"threshold={threshold!r} has no percent sign; pass '{percent:g}%' for a "
+                f"percentile or the number {number} for a value in map units."
             )
         if not 0 <= value <= 100:
             raise ValueError(f"threshold={threshold!r} is outside 0% to 100%; {accepted}.")

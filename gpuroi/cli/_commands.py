@@ -67,6 +67,12 @@ def _spread(args: list[str]) -> Iterator[str]:
         yield arg
 
 
+# What the library calls an option in its messages.
+_PARAMETER = re.compile(
+    r"\b(threshold|tail|population|method|connectivity|min_region_size|smoothing_fwhm"
+    r"|seed_distance|backend|jobs|batch_size|limit|on_gpu_error)=(?:'([^']*)')?"
+)
+
 # Groups of options in the help.
 _WHICH, _HOW, _WHERE = "Which maps", "How", "Where it runs"
 
@@ -152,22 +158,34 @@ def extract(
             metavar="LABEL",
             help="Only maps of these participants, by their BIDS names; with or without sub-. "
             "One label or several (01 02), as with the next three.",
+            show_default=False,
             rich_help_panel=_WHICH,
         ),
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Only maps of these tasks.", rich_help_panel=_WHICH),
+        typer.Option(
+            metavar="LABEL",
+            help="Only maps of these tasks.",
+            show_default=False,
+            rich_help_panel=_WHICH,
+        ),
     ] = None,
     contrast: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Only maps of these contrasts.", rich_help_panel=_WHICH),
+        typer.Option(
+            metavar="LABEL",
+            help="Only maps of these contrasts.",
+            show_default=False,
+            rich_help_panel=_WHICH,
+        ),
     ] = None,
     stat: Annotated[
         list[str] | None,
         typer.Option(
             metavar="LABEL",
             help="Only maps of these statistics, such as t or z.",
+            show_default=False,
             rich_help_panel=_WHICH,
         ),
     ] = None,
@@ -411,7 +429,7 @@ def _batch_size(text: str) -> int | None:
 
 def _number_or_text(threshold: str) -> float | str:
     try:
-        return float(threshold)
+        return threshold if "_" in threshold else float(threshold)  # 9_7 is Python's 97
     except ValueError:
         return threshold
 
@@ -449,8 +467,13 @@ def _usage_errors(errors: "Console") -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
-        say(errors, "error", str(error), "bold red")
+        say(errors, "error", _with_options(str(error)), "bold red")
         raise typer.Exit(2) from error
+
+
+def _with_options(message: str) -> str:
+    """Return the message of an error with options in the place of Python's parameters."""
+    return _PARAMETER.sub(lambda it: f"--{it[1].replace('_', '-')} {it[2] or ''}", message)
 
 
 @contextmanager
@@ -470,7 +493,7 @@ def _endings(watch: Watch, errors: "Console") -> Iterator[None]:
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         if watch.has_begun and not isinstance(error, RuntimeError | OSError):
             raise
-        message = str(error).replace("on_gpu_error='cpu'", "--on-gpu-error cpu")
+        message = _with_options(str(error))
         if watch.has_begun and isinstance(error, OutputError):
             message += " What is done is kept; run again to go on."
         say(errors, "error", message, "bold red")

@@ -104,8 +104,8 @@ def find_maps(
     has_entities = _entity_filter(wanted)
     found: dict[str, MapFile] = {}
     in_folders: set[str] = set()
-    for source in inputs:
-        named = list(_named_by(os.fspath(source)))
+    for source in map(_as_path, inputs):
+        named = list(_named_by(source))
         for one, is_in_folder in named:
             if has_entities(one.source):
                 if is_in_folder and one.source not in found:
@@ -113,7 +113,7 @@ def find_maps(
                 found.setdefault(one.source, one)
         if not named:
             raise ValueError(
-                f"{os.fspath(source)}: there is no map here; name NIfTI files, folders or BIDS "
+                f"{source}: there is no map here; name NIfTI files, folders or BIDS "
                 f"datasets that hold them, patterns, or a list as @maps.txt."
             )
     if not found and not wanted:
@@ -125,6 +125,18 @@ def find_maps(
     maps = _told_apart(list(found.values()), in_folders)
     _refuse_collisions(maps)
     return part_of(maps, shard=shard, limit=limit)
+
+
+def refuse_if_all_are_missing(maps: Sequence[MapFile]) -> None:
+    """Raise `ValueError` if none of `maps` is there: a name is wrong, or a disk is not mounted."""
+    if any(os.path.lexists(one.path) for one in maps):
+        return
+    if len(maps) == 1:
+        raise ValueError(f"{maps[0].path}: there is no such file.")
+    raise ValueError(
+        f"none of {len(maps):,} maps is there, neither {maps[0].path} nor the others; is a disk "
+        "missing?"
+    )
 
 
 def part_of(
@@ -146,6 +158,16 @@ def _first_of_shard(shard: tuple[int, int]) -> int:
             f"shard {number}/{n_shards} does not exist; pass 1/{max(1, n_shards)} and on."
         )
     return number - 1
+
+
+def _as_path(source: Any) -> str:
+    try:
+        path: str = os.fspath(source)
+    except TypeError:
+        raise TypeError(
+            f"inputs: a {type(source).__name__} is no path; images in memory are extract_regions'."
+        ) from None
+    return path
 
 
 def _named_by(source: str) -> Iterator[tuple[MapFile, bool]]:

@@ -19,7 +19,13 @@ from gpuroi.backends import Backend, environments, get_backend, names
 from gpuroi.checks import at_least_one
 from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._consumer import Consumer
-from gpuroi.cohort._discover import MapFile, find_maps, part_of, refuse_to_replace
+from gpuroi.cohort._discover import (
+    MapFile,
+    find_maps,
+    part_of,
+    refuse_if_all_are_missing,
+    refuse_to_replace,
+)
 from gpuroi.cohort._engines import Engine, ThisProcess, each_outcome
 from gpuroi.cohort._ledger import Ledger, Record, disk_errors
 from gpuroi.cohort._outputs import (
@@ -217,6 +223,7 @@ def extract_cohort(
         batch_size = at_least_one("batch_size", batch_size, "maps")
     folder = Path(out_dir).expanduser().absolute()
     everything = find_maps(inputs, entities=entities)
+    refuse_if_all_are_missing(everything)
     if client is not None:  # its workers have folders of their own that they work in
         everything = [replace(one, path=one.source) for one in everything]
     maps = part_of(everything, shard=shard, limit=limit)

@@ -47,6 +47,7 @@ _HINTS = {
     "NoneType": "; where no region is left, connected_regions returns None: lower the threshold "
     "or min_region_size",
     "Regions": ", such as regions.labels_img or regions.to_4d_img()",
+    "SurfaceImage": "; surfaces have no voxels, and are nilearn's alone",
 }
 _SINGLE_TINY, _SINGLE_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
@@ -71,7 +72,9 @@ def describe(source: ImageLike) -> str:
     """Return what an error message calls `source`: its path if it has one."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
-    filename = source.get_filename() if isinstance(source, SpatialImage) else None
+    # nilearn's template, an image that loads itself late, has no file map.
+    has_files = isinstance(source, SpatialImage) and hasattr(source, "file_map")
+    filename = source.get_filename() if has_files else None
     return filename or f"<{type(source).__name__} in memory>"
 
 
@@ -110,6 +113,8 @@ def _checked_path(source: Any) -> Path:
             f"a {type(source).__name__} is not an image; pass a path or a nibabel image"
             f"{_HINTS.get(type(source).__name__, '')}."
         )
+    if os.fspath(source) == "":
+        raise InvalidMapError("an empty path names no image; is a variable not set?")
     return Path(source).expanduser()
 
 
