@@ -4,7 +4,7 @@ import glob
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -37,8 +37,9 @@ def load_images(source: ImageLike | Iterable[ImageLike]) -> SpatialImage:
             return load_images(matches)
     is_one = isinstance(source, str | os.PathLike | SpatialImage | np.ndarray)
     if is_one or not isinstance(source, Iterable):
-        image = io.load(source)
-        name = io.describe(source)
+        one = cast(ImageLike, source)  # or something that is refused here
+        image = io.load(one)
+        name = io.describe(one)
         if len(image.shape) not in (3, 4):
             raise DimensionError(f"{name}: expected a 3-D or 4-D image, got shape {image.shape}.")
         check_affine(image.affine, name)

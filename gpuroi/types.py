@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,12 @@ Array: TypeAlias = Any
 FloatArray: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 
 #: What can be read as a map: a path or a nibabel image.
-ImageLike: TypeAlias = str | os.PathLike[str] | Any
+if TYPE_CHECKING:
+    from nibabel.spatialimages import SpatialImage
+
+    ImageLike: TypeAlias = str | os.PathLike[str] | SpatialImage
+else:  # arrays do without nibabel
+    ImageLike = str | os.PathLike | Any
 
 #: How a result was made: JSON-serialisable values only.
 Provenance: TypeAlias = Mapping[str, Any]

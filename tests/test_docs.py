@@ -59,6 +59,17 @@ def assert_refused(text, namespace):
 
 
 @pytest.mark.slow
+def test_a_type_checker_agrees_with_the_readme(tmp_path):
+    pytest.importorskip("mypy")
+    script = tmp_path / "readme.py"
+    blocks = PYTHON_BLOCK.findall((ROOT / "README.md").read_text())
+    script.write_text("\n".join(blocks))
+    command = [sys.executable, "-m", "mypy", "--ignore-missing-imports", str(script)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
 def test_the_example_draws_its_pictures_offline(tmp_path):
     offline = {
         "https_proxy": "http://127.0.0.1:9",

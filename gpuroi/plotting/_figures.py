@@ -57,7 +57,7 @@ def plot_stat_map(
     vmin: float | None = None,
     vmax: float | None = None,
     radiological: bool = False,
-) -> Display | None:
+) -> Display | Any:
     """Plot cuts of a statistical map over an anatomical image.
 
     Parameters
@@ -172,7 +172,7 @@ def plot_prob_atlas(
     vmax: float | None = None,
     alpha: float = 0.7,
     radiological: bool = False,
-) -> Display | None:
+) -> Display | Any:
     """Plot the volumes of a 4-D image over an anatomical image, each in a colour of its own.
 
     Parameters
@@ -275,7 +275,7 @@ def plot_regions(
     alpha: float = 0.6,
     numbers: bool = True,
     radiological: bool = False,
-) -> Display | None:
+) -> Display | Any:
     """Plot regions as labels: one colour and one line each, with the numbers of the table.
 
     Parameters

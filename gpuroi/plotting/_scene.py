@@ -75,7 +75,9 @@ def finite(data: NDArray[Any]) -> NDArray[Any]:
     return native
 
 
-def background_of(bg_img: ImageLike | Literal["auto"] | None, signal: Volume) -> Background | None:
+def background_of(
+    bg_img: ImageLike | Literal["auto", False] | None, signal: Volume
+) -> Background | None:
     """Return what to draw behind `signal`."""
     if bg_img is None or bg_img is False:  # nilearn's word for nothing, too
         return None
