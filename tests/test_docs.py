@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -56,6 +57,31 @@ def assert_refused(text, namespace):
             eval(call, namespace)
         assert message in str(caught.value)
         assert isinstance(caught.value, Warning) == bool(star)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image.threshold_img",
+        "regions.connected_regions",
+        "plotting.plot_stat_map",
+        "plotting.plot_prob_atlas",
+    ],
+)
+def test_signatures_are_nilearns_but_for_what_the_page_names(name):
+    module, function = name.split(".")
+    theirs = getattr(importlib.import_module(f"nilearn.{module}"), function)
+    ours = getattr(importlib.import_module(f"gpuroi.{module}"), function)
+    page = (ROOT / "docs" / "deviations.md").read_text()
+    theirs, ours = inspect.signature(theirs).parameters, inspect.signature(ours).parameters
+    shared = [one for one in theirs if one in ours]
+    assert shared == [one for one in ours if one in theirs]  # in this order
+    assert set(ours) - set(theirs) <= {"backend"}
+    for missing in set(theirs) - set(ours) - {"kwargs"}:
+        assert f"`{missing}`" in page
+    others = {one for one in shared if str(theirs[one].default) != str(ours[one].default)}
+    told = {"cmap", "linewidths", "bg_img"}  # nilearn's template is our "auto"
+    assert others <= (told if function == "plot_prob_atlas" else {"bg_img"})
 
 
 @pytest.mark.slow

@@ -66,7 +66,10 @@ def mni_template() -> Background | None:
 
 def head_outline(signal: Volume) -> Background:
     """Return where the map has values, in light grey: without a template, the shape of the head."""
-    inside = ndimage.binary_fill_holes(signal.data != 0)
+    inside = np.asarray(signal.data != 0)
+    for axis in range(3):  # holes of slices, too: few cavities are closed on all sides
+        in_slices = np.moveaxis(ndimage.generate_binary_structure(2, 1)[np.newaxis], 0, axis)
+        inside = ndimage.binary_fill_holes(inside, in_slices)
     grey = np.where(inside, np.float32(0.85), np.float32(0))
     volume = Volume(grey, signal.affine, is_labels=True)
     return Background(volume, 0.0, 1.0, hides_zeros=True, is_dark=False, is_anatomy=False)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 # User units of the drawing, which is as wide as its column.
 _WIDTH, _HEIGHT = 460, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 18, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 18, 38
 
 _LEAST_BINS, _MOST_BINS = 6, 24
 
@@ -21,7 +21,7 @@ def histogram_of_counts(counts: Sequence[int], title: str) -> str:
     every = -(-(edges.size - 1) // 8)
     middles = [float(edge) + width / 2 for edge in edges[:-1:every]]
     ticks = [(middle, f"{middle:.0f}") for middle in middles]
-    return _histogram(np.asarray(counts, np.float64), edges, ticks, title)
+    return _histogram(np.asarray(counts, np.float64), edges, ticks, title, "maps")
 
 
 def histogram_of_volumes(volumes_mm3: Sequence[float], title: str) -> str:
@@ -41,7 +41,7 @@ def histogram_of_volumes(volumes_mm3: Sequence[float], title: str) -> str:
         for digit, offset in steps
         if low <= decade + offset <= high
     ]
-    return _histogram(logarithms, edges, ticks, title)
+    return _histogram(logarithms, edges, ticks, title, "regions")
 
 
 def _histogram(
@@ -49,6 +49,7 @@ def _histogram(
     edges: NDArray[np.float64],
     ticks: Sequence[tuple[float, str]],
     title: str,
+    counted: str,
 ) -> str:
     heights, _ = np.histogram(values, edges)
     most = int(heights.max(initial=1))
@@ -86,6 +87,8 @@ def _histogram(
         f'<line x1="{_LEFT}" y1="{base}" x2="{_WIDTH - _RIGHT}" y2="{base}"/>{"".join(marks)}'
         f'<text x="{_LEFT - 6}" y="{_TOP + 4}" text-anchor="end">{most}</text>'
         f'<text x="{_LEFT - 6}" y="{base}" text-anchor="end">0</text>'
+        f'<text transform="translate(14 {(_TOP + base) / 2:.0f}) rotate(-90)" text-anchor="middle">'
+        f"{counted}</text>"
         f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">'
         f"{escape(title)}</text></svg>"
     )

@@ -205,7 +205,7 @@ def overlap_figure(png: bytes, colors: Sequence[str], n_maps: int, overlap_file:
     if overlap_file is not None:
         note = (
             f'<p class="note"><a href="{escape(quote(overlap_file))}">{escape(overlap_file)}</a> '
-            "counts all maps whose regions are in the folder.</p>"
+            "has the counts, of all shards where there are any.</p>"
         )
     return (
         picture_figure(png, "Overlap of the maps in cuts along z", caption)
