@@ -17,13 +17,19 @@ from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from gpuroi.backends import Backend, get_backend, names
-from gpuroi.errors import BackendUnavailableError, UnknownBackendError
+from gpuroi.errors import BackendUnavailableError, MissingExtraError, UnknownBackendError
 from gpuroi.types import CONNECTIVITIES, TAILS, Connectivity, FloatArray, Tail
+
+try:
+    import pytest
+except ImportError as error:
+    raise MissingExtraError(
+        f"gpuroi.testing needs pytest, which cannot be imported ({error}); pip install pytest."
+    ) from error
 
 __all__ = [
     "KINDS",

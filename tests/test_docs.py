@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.testing.compare import compare_images
 
 import gpuroi
+from tests.test_plotting import TOLERANCE
 
 ROOT = Path(__file__).parents[1]
 MODULES = [
@@ -46,6 +48,13 @@ def test_python_blocks_of_pages_run_in_order(page, tmp_path, monkeypatch, capsys
         assert capsys.readouterr().out.splitlines() == said
     if page == "guide.md":
         assert_refused(text, namespace)
+        assert_pictures(tmp_path, ROOT / "docs/images/guide")
+
+
+def assert_pictures(drawn, shown):
+    """Compare the pictures in two folders: those of a page are what its code draws."""
+    for path in shown.glob("*.png"):
+        assert compare_images(path, drawn / path.name, TOLERANCE) is None
 
 
 def assert_refused(text, namespace):
@@ -116,5 +125,4 @@ def test_the_example_draws_its_pictures_offline(tmp_path):
         check=True,
     )
     assert "Going on with the sample that nilearn brings" in done.stderr
-    pictures = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert pictures == sorted(path.name for path in (ROOT / "docs/images").glob("*.png"))
+    assert_pictures(tmp_path / "out", ROOT / "docs/images")
