@@ -1109,7 +1109,7 @@ class TestFailures:
             (["m.nii", "--jobs", "2", "--dask", "x:1"], "--jobs and --dask do not go together"),
             (["m.nii", "--batch-size", "0"], "--batch-size '0' is neither auto nor a number of"),
             (["m.nii", "--batch-size", "many"], "--batch-size 'many' is neither auto nor"),
-            (["m.nii", "--on-gpu-error", "go"], "--on-gpu-error go is neither 'stop' nor 'cpu'"),
+            (["m.nii", "--on-gpu-error", "go"], "--on-gpu-error go is not one of 'stop', 'cpu'"),
             (["m.nii", "--dask", "s.json"], r"--dask 's\.json' is neither the address of a sched"),
             (["m.img", "M.hdr", "m.HDR"], "m.img and m.HDR would both write m_desc-regions_dseg"),
             (["m.nii", "--nonsense"], "No such option: --nonsense"),

@@ -243,7 +243,7 @@ class TestCohorts:
         assert contents(tmp_path / "out") == contents(tmp_path / "calm")
 
     def test_only_these_two_ways_to_go_on(self, cohort, tmp_path):
-        with pytest.raises(ValueError, match="on_gpu_error='gpu' is neither 'stop' nor 'cpu'"):
+        with pytest.raises(ValueError, match="on_gpu_error='gpu' is not one of 'stop', 'cpu'"):
             extract_cohort(cohort, tmp_path / "out", RECIPE, on_gpu_error="gpu")
 
 

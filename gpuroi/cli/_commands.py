@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from gpuroi.checks import check_choice
 from gpuroi.cli._screen import Results, console, say
 from gpuroi.cli._watch import Watch, outcome
 
@@ -337,21 +339,6 @@ def extract(
             raise ValueError(
                 "--jobs and --dask do not go together: a Dask cluster has the workers it has."
             )
-        options: dict[str, Any] = {
-            "entities": {
-                "sub": participant_label or [],
-                "task": task or [],
-                "contrast": contrast or [],
-                "stat": stat or [],
-            },
-            "shard": _shard(shard),
-            "limit": limit,
-            "jobs": jobs,
-            "batch_size": _batch_size(batch_size),
-            "retry_failed": retry_failed,
-            "backend": backend,
-            "on_gpu_error": on_gpu_error,
-        }
         recipe = make_recipe(
             _number_or_text(threshold),
             tail=tail,
@@ -364,12 +351,29 @@ def extract(
             seed_distance=seed_distance,
             resample_mask=resample_mask,
         )
+        run = partial(
+            extract_cohort,
+            sources,
+            output,
+            recipe,
+            entities={
+                "sub": participant_label or [],
+                "task": task or [],
+                "contrast": contrast or [],
+                "stat": stat or [],
+            },
+            shard=_shard(shard),
+            limit=limit,
+            jobs=jobs,
+            batch_size=_batch_size(batch_size),
+            retry_failed=retry_failed,
+            backend=backend,
+            on_gpu_error=check_choice("on_gpu_error", on_gpu_error, ("stop", "cpu")),
+        )
 
     watch = Watch(errors)
     with _endings(watch, errors), watch, _cluster(dask) as client:
-        cohort = extract_cohort(
-            sources, output, recipe, client=client, on_progress=watch, **options
-        )
+        cohort = run(client=client, on_progress=watch)
     watch.tell_of_before(cohort)
     cohort = replace(cohort, folder=output.expanduser())  # as it was typed
     results = Results(cohort, screen, errors)

@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from gpuroi.backends import Backend, environments, get_backend, names
-from gpuroi.checks import at_least_one
+from gpuroi.checks import at_least_one, check_choice
 from gpuroi.cohort._cluster import Cluster
 from gpuroi.cohort._consumer import Consumer
 from gpuroi.cohort._discover import (
@@ -216,8 +216,7 @@ def extract_cohort(
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
     chosen = recipe if isinstance(recipe, Recipe) else recipe_of({} if recipe is None else recipe)
-    if on_gpu_error not in ("stop", "cpu"):
-        raise ValueError(f"on_gpu_error={on_gpu_error!r} is neither 'stop' nor 'cpu'.")
+    check_choice("on_gpu_error", on_gpu_error, ("stop", "cpu"))
     n_jobs = _n_cores() if jobs is None else at_least_one("jobs", jobs, "processes")
     if batch_size is not None:
         batch_size = at_least_one("batch_size", batch_size, "maps")
