@@ -1,10 +1,7 @@
 """Every backend passes the contract; and how one is found and chosen."""
 
-import json
-import re
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,34 +118,6 @@ class TestChoiceOfKernels:
     def test_the_versions_name_the_verbs_of_kernels(self):
         assert library_on_cpu().versions()["cuda-kernels"] == "none: CuPy for every verb"
         assert kernels_on_cpu().versions()["cuda-kernels"] == ", ".join(cuda.VERBS)
-
-    def test_the_page_says_what_is_the_default_and_which_record_proves_it(self):
-        page = (Path(__file__).parents[1] / "docs" / "cuda.md").read_text()
-        rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.+) \|$", page, re.MULTILINE)
-        assert [verb for verb, _, _ in rows] == list(cuda.VERBS)
-        for verb, default, proof in rows:
-            if verb in cuda.PROVEN:
-                assert default == "kernel"
-                assert any(date in proof for date in self.proofs_of(verb))
-            else:
-                assert default == "library"
-                assert proof == "no run on a GPU has been recorded"
-
-    def proofs_of(self, verb):
-        """Return the dates of the recorded runs in which the kernels were identical and faster."""
-        path = Path(__file__).parents[1] / "benchmarks" / "results" / "gpu.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        records = [one for one in map(json.loads, lines) if one["stage"] == verb]
-        seconds = {
-            (one["case"], one["contender"], one["date"][:10]): one["median_s"]
-            for one in records
-            if one.get("identical") and "median_s" in one and not one["quick"]
-        }
-        return {
-            date
-            for (case, contender, date), own in seconds.items()
-            if contender == "own kernels" and own < seconds.get((case, "CuPy", date), 0)
-        }
 
 
 def test_a_batch_takes_a_part_of_the_memory_that_is_free():
