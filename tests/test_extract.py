@@ -237,6 +237,28 @@ class TestBatches:
             pd.testing.assert_frame_equal(regions.table, reference.table, check_exact=True)
         assert backend.sizes == [4, 4, 2]
 
+    @pytest.mark.parametrize("fails", ["copies", "verbs"])
+    def test_what_the_device_had_no_room_for_is_not_tried_again(self, backend, fails):
+        """Batches that were on their way already are, and no others."""
+        refused = []
+
+        def refuse(maps):
+            if maps.ndim == 4 and len(maps) > 2:
+                refused.append(len(maps))
+                raise MemoryError
+
+        if fails == "copies":
+            begin = backend._uploads._begin
+            backend._uploads._begin = lambda host: refuse(host) or begin(host)
+        else:
+            verbs = backend._verbs["components"]
+            find = verbs.component_voxels
+            verbs.component_voxels = lambda maps, *others: refuse(maps) or find(maps, *others)
+        found = list(extract_maps(self.maps(64), make_recipe("95%"), backend))
+        assert len(found) == 64
+        assert len(refused) <= 4
+        assert backend.sizes[-20:] == [2] * 20
+
     def test_maps_in_any_layout(self, backend):
         maps = [blobs(), np.asfortranarray(blobs()), blobs()[::-1], blobs().astype(">f4")]
         found = gpuroi.extract_regions([*map(image, maps)], "95%", backend=backend)
