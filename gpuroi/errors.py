@@ -31,6 +31,10 @@ class BackendUnavailableError(GpuroiError, RuntimeError):
     """A known backend that cannot run here; the message says why and what to install."""
 
 
+class DeviceFullError(BackendUnavailableError):
+    """A device that could run here, had others not taken its memory."""
+
+
 class DeviceMemoryError(GpuroiError, MemoryError):
     """One single volume does not fit into the memory of the device."""
 

@@ -11,7 +11,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,12 +55,12 @@ def extract_maps(
     if backend.batch_bytes == 1:
         for prepared in maps:
             (found,) = finder([prepared])
-            yield finish(prepared, found, recipe, parameters, backend)
+            yield finish(prepared, found, recipe, parameters, finder.computed_by)
         return
 
     def measured(prepared: Prepared, found: Found) -> tuple[Regions, list[str]]:
         with collected_warnings() as messages:
-            return finish(prepared, found, recipe, parameters, backend), messages
+            return finish(prepared, found, recipe, parameters, finder.computed_by), messages
 
     with ThreadPoolExecutor(COPIERS) as copiers, ThreadPoolExecutor(_MEASURERS) as measurers:
 
@@ -186,28 +186,36 @@ class Found:
     voxels: LabelledVoxels | Contest
 
 
-class ComputedBy(Protocol):
-    """What the provenance says of where regions were found; every backend is one."""
+@dataclass(frozen=True)
+class ComputedBy:
+    """What the provenance says of where regions were found.
 
-    @property
-    def name(self) -> str:
-        """Of the backend."""
+    A backend says it of the device that is current in the thread that asks: not in every other.
+    """
 
-    @property
-    def device(self) -> str:
-        """What hardware."""
+    name: str
+    device: str
+    versions: dict[str, str]
 
-    def versions(self) -> dict[str, str]:
-        """Return the versions of the libraries that decide the result, by package name."""
+    @classmethod
+    def of(cls, backend: Backend) -> "ComputedBy":
+        """Return what a backend says of itself in this thread."""
+        return cls(backend.name, backend.device, backend.versions())
 
 
 class Finder:
-    """Runs the backend's steps of one recipe on batches of maps."""
+    """Runs the backend's steps of one recipe on batches of maps.
+
+    Attributes
+    ----------
+    batch_bytes : int
+        How much it likes to be given at once: less, once the device had no room for as much.
+    """
 
     def __init__(self, recipe: Recipe, backend: Backend) -> None:
         self._recipe = recipe
         self._backend = backend
-        self.computed_by: ComputedBy = backend
+        self.computed_by = ComputedBy.of(backend)
         self.batch_bytes = backend.batch_bytes
         self._masks_of = _masks_by_grid(recipe)
 
@@ -235,6 +243,7 @@ class Finder:
         try:
             return Upload(host, staging.send(n))
         except MemoryError:
+            self._ask_for_less(host)
             return Upload(host, partial(self._backend.to_device, host))
 
     def find(self, upload: Upload, source: io.Map) -> list[Found]:
@@ -242,10 +251,18 @@ class Finder:
         masks = self._masks_of(source)
 
         def step(piece: NDArray[Any]) -> list[Found]:
-            maps = upload.arrived() if piece is upload.host else self._backend.to_device(piece)
-            return _found(maps, source, masks, self._recipe, self._backend)
+            try:
+                maps = upload.arrived() if piece is upload.host else self._backend.to_device(piece)
+                return _found(maps, source, masks, self._recipe, self._backend)
+            except MemoryError:
+                self._ask_for_less(piece)
+                raise
 
         return in_pieces(self._backend, upload.host, step)
+
+    def _ask_for_less(self, refused: NDArray[Any]) -> None:
+        if len(refused) > 1:
+            self.batch_bytes = min(self.batch_bytes, refused.nbytes // 2)
 
 
 def prepare(source: io.Map) -> Prepared:
@@ -425,7 +442,7 @@ def finish(
             **walks,
             "backend": computed_by.name,
             "device": computed_by.device,
-            "versions": _versions(*packages) | computed_by.versions(),
+            "versions": _versions(*packages) | computed_by.versions,
         },
     )
 

@@ -1,10 +1,9 @@
 """Every backend passes the contract; and how one is found and chosen."""
 
-import json
-import re
+import contextlib
 import sys
 from importlib.metadata import version
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +11,11 @@ from scipy import ndimage
 
 from gpuroi import backends
 from gpuroi.backends import cuda
+from gpuroi.backends._kernels import _Grid
 from gpuroi.backends._library import LibraryVerbs
 from gpuroi.backends._select import order_statistic
 from gpuroi.backends.cpu import CpuBackend, cc3d
-from gpuroi.errors import BackendUnavailableError, UnknownBackendError
+from gpuroi.errors import BackendUnavailableError, DeviceFullError, UnknownBackendError
 from gpuroi.testing import BackendContract, is_required, make_maps, require_backend
 from tests.cuda_on_cpu import kernels_on_cpu, library_on_cpu
 
@@ -122,33 +122,103 @@ class TestChoiceOfKernels:
         assert library_on_cpu().versions()["cuda-kernels"] == "none: CuPy for every verb"
         assert kernels_on_cpu().versions()["cuda-kernels"] == ", ".join(cuda.VERBS)
 
-    def test_the_page_says_what_is_the_default_and_which_record_proves_it(self):
-        page = (Path(__file__).parents[1] / "docs" / "cuda.md").read_text()
-        rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.+) \|$", page, re.MULTILINE)
-        assert [verb for verb, _, _ in rows] == list(cuda.VERBS)
-        for verb, default, proof in rows:
-            if verb in cuda.PROVEN:
-                assert default == "kernel"
-                assert any(date in proof for date in self.proofs_of(verb))
-            else:
-                assert default == "library"
-                assert proof == "no run on a GPU has been recorded"
 
-    def proofs_of(self, verb):
-        """Return the dates of the recorded runs in which the kernels were identical and faster."""
-        path = Path(__file__).parents[1] / "benchmarks" / "results" / "gpu.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        records = [one for one in map(json.loads, lines) if one["stage"] == verb]
-        seconds = {
-            (one["case"], one["contender"], one["date"][:10]): one["median_s"]
-            for one in records
-            if one.get("identical") and "median_s" in one and not one["quick"]
-        }
-        return {
-            date
-            for (case, contender, date), own in seconds.items()
-            if contender == "own kernels" and own < seconds.get((case, "CuPy", date), 0)
-        }
+class FirstKernel:
+    """What CuPy makes of ``arange``, with another sum."""
+
+    def __init__(self, outcome):
+        self.outcome = outcome
+
+    def sum(self):
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+class TestLoadingCuda:
+    """With as much of CuPy as loading the backend uses."""
+
+    @pytest.fixture
+    def cupy(self, monkeypatch):
+        class CUDARuntimeError(RuntimeError):
+            pass
+
+        cupy = SimpleNamespace(
+            __version__="14",
+            int32=np.int32,
+            first=6,
+            current=0,
+            asked=[],
+            arange=lambda n, dtype: FirstKernel(cupy.first),
+            get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: 24_000),
+            cuda=SimpleNamespace(
+                Device=lambda: SimpleNamespace(id=cupy.current, mem_info=(48_000, 10**6)),
+                runtime=SimpleNamespace(
+                    CUDARuntimeError=CUDARuntimeError,
+                    getDeviceCount=lambda: 2,
+                    getDeviceProperties=lambda device: (
+                        cupy.asked.append(device) or {"name": f"card {device}".encode()}
+                    ),
+                    runtimeGetVersion=lambda: 13000,
+                    driverGetVersion=lambda: 13000,
+                ),
+            ),
+        )
+        ndimage = SimpleNamespace()
+        parts = {"scipy": SimpleNamespace(ndimage=ndimage), "scipy.ndimage": ndimage}
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        monkeypatch.setitem(sys.modules, "cupyx", SimpleNamespace(scipy=parts["scipy"]))
+        for name, part in parts.items():
+            monkeypatch.setitem(sys.modules, f"cupyx.{name}", part)
+        monkeypatch.delenv("GPUROI_BACKEND", raising=False)
+        backends._load.cache_clear()
+        yield cupy
+        backends._load.cache_clear()
+
+    def test_it_is_called_what_the_current_device_is_called(self, cupy):
+        backend = cuda.load()
+        assert backend.device == "card 0"
+        cupy.current = 1
+        assert backend.device == backend.device == "card 1"
+        assert cupy.asked == [0, 1]
+
+    def test_memory_that_cupy_keeps_is_free(self, cupy):
+        assert cuda.load().batch_bytes == 3000
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MemoryError("Out of memory allocating 512 bytes"),
+            RuntimeError("cudaErrorMemoryAllocation: out of memory"),
+        ],
+    )
+    def test_a_full_device_is_not_a_broken_one(self, cupy, error):
+        cupy.first = error
+        with pytest.raises(DeviceFullError, match=f"no memory left for a first kernel .{error}.; "):
+            backends.get_backend("cuda")
+        with pytest.warns(UserWarning, match="'auto' does without 'cuda': the CUDA device has no"):
+            assert backends.get_backend("auto").name == "cpu"
+        assert "no memory left" in backends.available_backends()["cuda"]
+        cupy.first = 6
+        assert backends.get_backend("auto").name == "cuda"
+
+    def test_a_device_that_cannot_compile_or_count_is_not_used(self, cupy):
+        for first, message in (
+            (RuntimeError("no nvrtc"), r"cannot compile .*\(RuntimeError: no nvrtc\); pip install"),
+            (7, r"the CUDA device computed 0\+1\+2\+3 = 7; it is faulty"),
+        ):
+            cupy.first = first
+            with pytest.raises(BackendUnavailableError, match=message):
+                cuda.load()
+            assert backends.get_backend("auto").name == "cpu"  # of which nothing is to be said
+
+
+def test_a_volume_and_its_last_chunk_are_within_32_bits():
+    chunk = 4096
+    for n_voxels, fits in ((2**31 - 1 - chunk, True), (2**31 - chunk, False)):
+        maps = SimpleNamespace(shape=(1, n_voxels, 1, 1))
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="too large"):
+            assert _Grid.of(maps, chunk).chunks * chunk <= 2**31 - 1
 
 
 def test_a_batch_takes_a_part_of_the_memory_that_is_free():

@@ -130,7 +130,7 @@ class TestHandingOver:
     def test_what_the_device_is(self, serve):
         finder = serve(make_recipe(), lambda name: Device())()
         assert (finder.computed_by.name, finder.batch_bytes) == ("device", 100_000)
-        assert finder.computed_by.versions() == cpu.load().versions()
+        assert finder.computed_by.versions == cpu.load().versions()
 
     def test_a_backend_that_cannot_start_says_why(self, serve, blobs):
         def cannot(name):
@@ -149,6 +149,20 @@ class TestHandingOver:
         for _ in range(2):  # and the device goes on
             with pytest.raises(DeviceMemoryError, match="does not fit on"):
                 finder(batch)
+
+    def test_what_did_not_fit_is_not_sent_again(self, serve, blobs):
+        def holds_two(maps):
+            if len(maps) > 2:
+                raise MemoryError("full")
+
+        maps = [prepare(*io.read_maps(image(blobs(seed=seed)))) for seed in range(8)]
+        connect = serve(make_recipe("90%"), lambda name: Device(holds_two))
+        finder, other = connect(), connect()
+        assert finder.batch_bytes == other.batch_bytes == 100_000
+        assert len(finder(maps)) == 8
+        assert finder.batch_bytes == 2 * maps[0].volume.nbytes
+        other(maps[:1])
+        assert other.batch_bytes == finder.batch_bytes
 
     def test_several_processes_are_answered_each_its_own(self, serve, blobs):
         recipe = make_recipe("90%")

@@ -3,7 +3,9 @@
 import json
 import pickle
 import re
+import threading
 import warnings
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -236,6 +238,49 @@ class TestBatches:
             np.testing.assert_array_equal(regions.labels, reference.labels)
             pd.testing.assert_frame_equal(regions.table, reference.table, check_exact=True)
         assert backend.sizes == [4, 4, 2]
+
+    @pytest.mark.parametrize("fails", ["copies", "verbs"])
+    def test_what_the_device_had_no_room_for_is_not_tried_again(self, backend, fails):
+        """Batches that were on their way already are, and no others."""
+        refused = []
+
+        def refuse(maps):
+            if maps.ndim == 4 and len(maps) > 2:
+                refused.append(len(maps))
+                raise MemoryError
+
+        if fails == "copies":
+            begin = backend._uploads._begin
+            backend._uploads._begin = lambda host: refuse(host) or begin(host)
+        else:
+            verbs = backend._verbs["components"]
+            find = verbs.component_voxels
+            verbs.component_voxels = lambda maps, *others: refuse(maps) or find(maps, *others)
+        found = list(extract_maps(self.maps(64), make_recipe("95%"), backend))
+        assert len(found) == 64
+        assert len(refused) <= 4
+        assert backend.sizes[-20:] == [2] * 20
+
+    def test_they_become_smaller_where_two_have_no_room_at_once(self, backend, monkeypatch):
+        def no_room_beside_the_one_before(n):
+            raise MemoryError
+
+        staging = backend.staging
+
+        def full(shape, dtype):
+            return replace(staging(shape, dtype), send=no_room_beside_the_one_before)
+
+        monkeypatch.setattr(backend, "staging", full)
+        assert len(list(extract_maps(self.maps(30), make_recipe("95%"), backend))) == 30
+        assert backend.sizes[0] == 4
+        assert backend.sizes[-10:] == [1] * 10
+
+    def test_the_device_is_the_one_of_the_thread_that_asks(self, backend):
+        """As CuPy's current device is: other threads have their own."""
+        backend._device = lambda: threading.current_thread().name
+        found = extract_maps(self.maps(5), make_recipe("95%"), backend)
+        here = threading.current_thread().name
+        assert [regions.provenance["device"] for regions in found] == [here] * 5
 
     def test_maps_in_any_layout(self, backend):
         maps = [blobs(), np.asfortranarray(blobs()), blobs()[::-1], blobs().astype(">f4")]

@@ -28,10 +28,10 @@ from benchmarks.gpu.device import (
     wall_clock,
 )
 from benchmarks.gpu.records import Run
-from benchmarks.gpu.verdict import HEADING, promises
-from benchmarks.gpu.work import BY_HAND, CASES, COHORT, DOOR, FILES, REQUIRED
+from benchmarks.gpu.verdict import HEADING, promises, proofs
+from benchmarks.gpu.work import BY_HAND, CASES, COHORT, DOOR, FILES, REQUIRED, SUITE, VERB_STAGES
 from gpuroi.algorithms import local_regions
-from gpuroi.backends import LabelledVoxels
+from gpuroi.backends import LabelledVoxels, cuda
 from gpuroi.backends._kernels import KernelVerbs
 from gpuroi.backends._library import LibraryVerbs
 from gpuroi.backends.cpu import CpuBackend
@@ -163,6 +163,7 @@ class TestCudaRun:
             assert ends[way]["timed_maps"] == 3 * files.TIMES
         for line in lines:
             assert {"date", "commit", "device", "processor", "cores", "versions"} <= set(line)
+            assert line["run"] == lines[0]["run"]
             assert {"numpy", "scipy"} <= set(line["versions"])
             assert line["quick"]
         assert not any(str(tmp_path) in json.dumps(line) for line in lines)
@@ -218,32 +219,33 @@ class TestCudaRun:
             }
             assert (witness, volume) in found
             out = capsys.readouterr().out
-            assert f"{verb}, identical in all cases" in out
+            (chosen,) = (name for name, timed in VERB_STAGES.items() if verb in timed)
+            assert f"NOT KEPT     {chosen}: identical and faster than {CUPY} in " in out
             assert "NOT KEPT     identical in" in out
             (tmp_path / "new" / "gpu.jsonl").unlink()
 
     def test_what_does_not_fit_goes_in_pieces_or_is_skipped(self, tmp_path):
-        def too_large(at_most):
+        def measured(at_most, contender=OWN):
             def alter(maps, result):
                 if len(maps) > at_most:
                     raise MemoryError
                 return result
 
-            return rehearsal(Altered("components", alter))
-
-        def measured(device):
+            device = rehearsal()
+            device.backends[contender] = Altered("components", alter)
             status, lines = rehearse(device, tmp_path, "--only", "2mm-256")
-            assert status == 0
-            return next(
-                one
-                for one in reversed(lines)
-                if (one["stage"], one["contender"]) == ("components", OWN)
-            )
+            asked = ("components", contender)
+            found = [one for one in lines if (one["stage"], one["contender"]) == asked]
+            return status, found[-1]
 
-        line = measured(too_large(2))
+        status, line = measured(at_most=2)
+        assert status == 0
         assert (line["pieces"], line["compared_maps"], line["identical"]) == (2, 3, True)
-        assert measured(too_large(1))["pieces"] == 3
-        assert measured(too_large(0))["skipped"] == "out of memory"
+        assert measured(at_most=1)[1]["pieces"] == 3
+        status, line = measured(at_most=0, contender=CUPY)
+        assert (status, line["skipped"]) == (0, "out of memory")
+        status, line = measured(at_most=0)  # though the batch could be made, which takes more
+        assert (status, line["failed"]) == (1, "out of memory")
 
     def test_a_failure_is_recorded_and_silences_nobody(self, tmp_path):
         def alter(maps, result):
@@ -289,7 +291,9 @@ class TestCudaRun:
         assert status == 0
         assert {line["case"] for line in lines} == {case.name for case in CASES}
         assert all(line["skipped"].startswith("0 s left") for line in lines)
-        assert "not measured identical in 0 of 0 comparisons" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "not measured identical in 0 of 0 comparisons" in out
+        assert f"not measured components: identical and faster than {CUPY} in 0 of 9 cases" in out
         begun = []
         short = one_run(tmp_path, seconds=work.STAGE_NEEDS_S + 10)
         for needs_s in (work.STAGE_NEEDS_S, work.STAGE_NEEDS_S + 60):
@@ -344,7 +348,7 @@ class TestCudaRun:
             run.add(**of_files, contender="decoder x16", maps_per_s=1000)
             for way in (BY_HAND, DOOR, COHORT):
                 run.add(**of_files, contender=way, maps_per_s=end)
-            run.add(case="suite", stage=REQUIRED, contender=OWN, tests={"passed": 3})
+            run.add(case=SUITE, stage=REQUIRED, contender=OWN, tests={"passed": 3})
             found = dict(promises(run.records, 470, 480))
             return {
                 re.split(r" >=|: \d+[.]\d\d$", text)[0].partition(":")[2]: verdict
@@ -364,11 +368,32 @@ class TestCudaRun:
         assert good[f" components, times {CUPY_SINGLY}"] == "not measured"
         cohort = f" {COHORT}, which writes three files a map, share of decoder x16"
         assert good[cohort] == bad[cohort] == "reported"
-        differing = judged(60_000, 0.5, 900, is_identical=False)
-        proven = f" components, identical in all cases, times {CUPY}"
-        assert good[proven] == "kept"
-        assert differing[proven] == "NOT KEPT"
         assert good[" 1 of 1 passed"] == "kept"
+
+    def test_what_failed_or_hung_has_kept_no_promise(self, tmp_path):
+        def not_kept(**lost):
+            found = promises([lost | {"failed": "hung"}], 470, 480)
+            return {text.partition(" >=")[0] for text, verdict in found if verdict == "NOT KEPT"}
+
+        first = CASES[0].name
+        compared = "identical in 0 of 1 comparisons"
+        of_components = {
+            compared,
+            f"{first}: components, share of 24 B/voxel at copy bandwidth",
+            *(f"{first}: components, times {name}" for name in (CUCIM_SINGLY, CUPY_SINGLY)),
+            f"{first}: components, times {CPU} on one core",
+            f"components: identical and faster than {CUPY} in 0 of 9 cases",
+        }
+        others = {
+            f"{verb}: identical and faster than {CUPY} in 0 of {n} cases"
+            for verb, n in (("order_statistics", 7), ("smooth", 2), ("local_maxima", 2))
+        }
+        assert not_kept(case=first, stage="components", contender=OWN) == of_components
+        assert not_kept(case=first, stage="-", contender="-") == of_components | others
+        ends = {name: f"{FILES}: {name}, share of decoder" for name in (BY_HAND, DOOR)}
+        assert not_kept(case=FILES, stage="isal", contender=DOOR) == {compared, ends[DOOR]}
+        assert not_kept(case=FILES, stage="-", contender="-") == {compared, *ends.values()}
+        assert not_kept(case=SUITE, stage="-", contender="-") == {"contract suite: 0 of 1 passed"}
 
     def test_volumes_of_a_sample_are_spread_and_end_with_the_last(self):
         assert list(work.every_nth(1000, 8)) == list(range(124, 1000, 125))
@@ -418,6 +443,110 @@ class TestCudaRun:
         assert (found["commit"], found["uncommitted_changes"]) == ("abc1234", None)
 
 
+def whole_run(name="0a1b2c3d"):
+    """Return the records of a run that proves the kernels of every verb."""
+    of_run = {"run": name, "quick": False, "versions": {"cuda-driver": "13000"}}
+    records = [
+        of_run | {"case": SUITE, "stage": REQUIRED, "contender": OWN, "tests": {"passed": 9}}
+    ]
+    for case in CASES:
+        for stage in case.stages:
+            where = of_run | {"case": case.name, "stage": stage, "median_s": 1.0}
+            records.append(where | {"contender": CPU, "maps_per_s": 1.0})
+            for contender, maps_per_s in ((OWN, 30.0), (CUPY, 20.0)):
+                measured = {"contender": contender, "maps_per_s": maps_per_s, "identical": True}
+                records.append(where | measured)
+    return records
+
+
+class TestProofs:
+    """The kernels of a verb become its default by one whole run, in every case of it."""
+
+    def test_a_run_that_shows_it_in_every_case(self):
+        for verb in VERB_STAGES:
+            assert proofs(whole_run("one") + whole_run("other"), verb) == ["one", "other"]
+            assert proofs([], verb) == []
+        assert set(VERB_STAGES) == set(cuda.VERBS)
+
+    @pytest.mark.parametrize("case", ["2mm-1000", "2mm-1"])
+    @pytest.mark.parametrize(
+        ("contender", "outcome"),
+        [
+            (OWN, {"identical": False}),
+            (OWN, {"maps_per_s": 20.0}),
+            (OWN, {"identical": None}),  # nobody to compare with
+            (CUPY, {"identical": False}),
+            (CUPY, {"maps_per_s": 30.0}),
+        ],
+    )
+    def test_no_case_makes_up_for_another(self, case, contender, outcome):
+        records = whole_run()
+        for one in records:
+            if (one["case"], one["stage"], one["contender"]) == (case, "components", contender):
+                one |= outcome
+        assert proofs(records, "components") == []
+        assert proofs(records, "order_statistics") == ["0a1b2c3d"]
+        assert proofs(whole_run("other") + records, "components") == ["other"]
+
+    @pytest.mark.parametrize("outcome", ["failed", "skipped", "absent"])
+    @pytest.mark.parametrize(("stage", "contender"), [("components", OWN), ("components", CUPY)])
+    def test_what_was_not_measured_shows_nothing(self, outcome, stage, contender):
+        records = whole_run()
+        (lost,) = (
+            one
+            for one in records
+            if (one["case"], one["stage"], one["contender"]) == ("1mm-1", stage, contender)
+        )
+        records.remove(lost)
+        if outcome != "absent":
+            names = ("run", "quick", "versions", "case", "stage", "contender")
+            records.append({name: lost[name] for name in names} | {outcome: "why"})
+        assert proofs(records, "components") == []
+        assert proofs(records, "order_statistics") == ["0a1b2c3d"]
+
+    def test_the_stages_of_a_verb_are_one(self):
+        records = [one for one in whole_run() if one["stage"] != "component_voxels"]
+        assert proofs(records, "components") == []
+
+    def test_a_part_that_hung_shows_nothing(self):
+        hung = whole_run()[0] | {"case": "2mm-1", "stage": "-", "contender": "-", "failed": "hung"}
+        assert proofs([*whole_run(), hung | {"versions": None}], "components") == []
+        assert proofs([*whole_run(), hung], "smooth") == ["0a1b2c3d"]  # which that part has not
+
+    def test_two_halves_are_no_whole(self):
+        first, second = whole_run("first"), whole_run("second")
+        half = len(first) // 2
+        assert proofs(first[:half] + second[half:], "components") == []
+
+    def test_only_a_gpu_with_whole_maps_and_the_suite_counts(self):
+        for other in ({"versions": {"numpy": "2"}}, {"quick": True}):
+            assert proofs([one | other for one in whole_run()], "smooth") == []
+        suite, *others = whole_run()
+        assert proofs(others, "smooth") == []
+        assert proofs([suite | {"failed": "test_it"}, *others], "smooth") == []
+        assert proofs([suite | {"contender": CUPY}, *others], "smooth") == []
+
+    def test_the_page_says_what_is_the_default_and_which_run_proves_it(self):
+        page = (ROOT / "docs" / "cuda.md").read_text()
+        rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.+) \|$", page, re.MULTILINE)
+        assert [verb for verb, _, _ in rows] == list(cuda.VERBS)
+        path = ROOT / "benchmarks" / "results" / "gpu.jsonl"
+        recorded = [*map(json.loads, path.read_text().splitlines())] if path.exists() else []
+        for verb, default, proof in rows:
+            if verb in cuda.PROVEN:
+                assert default == "kernel"
+                assert any(run in proof for run in proofs(recorded, verb))
+            else:
+                assert default == "library"
+                assert recorded or proof == "no run on a GPU has been recorded"
+
+    def test_a_rehearsal_is_no_proof(self, tmp_path):
+        device = rehearsal()
+        _, lines = rehearse(device, tmp_path)
+        assert all(one["run"] == lines[0]["run"] for one in lines)
+        assert proofs(lines, "components") == []
+
+
 class TestProcesses:
     """A part that hangs, or breaks its process, takes no other with it."""
 
@@ -429,7 +558,9 @@ class TestProcesses:
         assert command.main([*options, "--only", "suite"]) == 0
         (first, limit_s), (second, _) = commands
         assert first[:5] == [sys.executable, "-m", "benchmarks.gpu", "--part", "2mm-1"]
-        parsed = command._parser().parse_args(first[3:])
+        parsed, other = (command._parser().parse_args(one[3:]) for one in (first, second))
+        assert parsed.run == other.run
+        assert parsed.run != command._parser().parse_args([]).run
         assert (str(parsed.output), parsed.quick, parsed.commit) == (output, True, "abc")
         assert parsed.budget_s == limit_s
         assert second[4] == "suite"
@@ -460,7 +591,7 @@ class TestProcesses:
             return 0
 
         output = tmp_path / "gpu.jsonl"
-        output.write_text('{"case": "of an earlier run"}\n')
+        output.write_text('{"case": "of an earlier run", "run": "0"}\n')
         names = ["2mm-16", "2mm-256", "2mm-1"]
         only = [option for name in names for option in ("--only", name)]
         arguments = ["--quick", "--output", str(output), *only]
@@ -527,7 +658,7 @@ class TestSuiteOfTheCudaRun:
         assert list(left_out) == ["-"]  # without a file pytest would run them all
 
     def test_its_files_need_what_they_import(self):
-        for file, needed in suite.SUITE.items():
+        for file, needed in suite.TESTS.items():
             code = (ROOT / file).read_text()
             imported = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE))
             others = imported - set(sys.stdlib_module_names) - {"gpuroi", "tests"}

@@ -30,6 +30,7 @@ class Stream:
     allocating = None
 
     def __init__(self, non_blocking=False):
+        self.non_blocking = non_blocking
         self.queue = []
 
     def record(self):
@@ -56,10 +57,7 @@ class DeviceArray:
         view.content = self.content.transpose(*axes)
         return view
 
-    def set(self, host, stream=None):
-        if stream is None:
-            self.content[...] = host
-            return
+    def set(self, host, stream):
         assert host.flags.c_contiguous
         # Which keep no memory alive.
         address, n_bytes, dtype = host.ctypes.data, host.nbytes, host.dtype
@@ -85,12 +83,13 @@ class LazyDevice:
     def __init__(self, most_pinned=10**6):
         self.memory = []  # never freed: copies that come too late find what others have written
         self.current = Stream()
+        self.current_device = 0
         self.most_pinned = most_pinned
         self.sizes = []  # of memory that was pinned
         self.free = []
         self.cuda = SimpleNamespace(
             Stream=Stream,
-            Device=lambda: SimpleNamespace(id=0),
+            Device=lambda: SimpleNamespace(id=self.current_device),
             get_current_stream=lambda: self.current,
             alloc_pinned_memory=self.alloc_pinned_memory,
             runtime=SimpleNamespace(CUDARuntimeError=self.CUDARuntimeError),
@@ -187,8 +186,32 @@ def test_memory_that_somebody_holds_is_nobody_elses():
     assert (kept.host == 1).all()
 
 
-def test_a_copy_waits_for_the_kernels_that_may_still_use_its_memory():
+def test_the_host_runs_ahead_of_few_copies_and_keeps_none_that_are_done():
     device = LazyDevice()
+    upload = PinnedUploads(device)
+    host = np.ones((1, 2, 3, 4), np.float32)
+    waiting = [upload(host) for _ in range(20)]
+    assert len(device.sizes) <= 5
+    for arrived in waiting:
+        device.read(arrived())
+    upload(host)
+    gc.collect()
+    assert len(device.free) == len(device.sizes) - 1  # all but the latest's
+
+
+def test_each_device_has_a_stream_of_its_own_that_waits_for_no_other():
+    device = LazyDevice()
+    upload = PinnedUploads(device)
+    arenas = []
+    for device.current_device in (0, 1, 0):
+        arenas.append(upload(batches(1)[0])().arena)
+    assert arenas[0] is arenas[2] is not arenas[1]
+    assert all(stream.non_blocking for stream in arenas)  # the null stream's kernels among others
+
+
+@pytest.mark.parametrize("most_pinned", [10, 10**6])
+def test_a_copy_waits_for_the_kernels_that_may_still_use_its_memory(most_pinned):
+    device = LazyDevice(most_pinned)
     upload = PinnedUploads(device)
     order = []
     device.current.queue.append(lambda: order.append("kernel"))
@@ -207,7 +230,7 @@ def test_what_cannot_be_pinned_is_copied_all_the_same():
     host = batches(1)[0]
     uploads = PinnedUploads(device)
     array = uploads(np.asfortranarray(host))()
-    np.testing.assert_array_equal(array.content, host)
+    np.testing.assert_array_equal(device.read(array), host)
     staging = uploads.staging(host.shape, host.dtype)
     staging.host[...] = host
     np.testing.assert_array_equal(device.read(staging.send(1)()), host)

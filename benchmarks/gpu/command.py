@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,11 +21,10 @@ from benchmarks.gpu.device import Device, cuda_device
 from benchmarks.gpu.files import run_files
 from benchmarks.gpu.records import ROOT, Log, Run, of_device, of_host
 from benchmarks.gpu.suite import run_suite
-from benchmarks.gpu.verdict import HEADING, promises, row
-from benchmarks.gpu.work import CASES, FILES, STAGE_NEEDS_S, Case
+from benchmarks.gpu.verdict import HEADING, promises, row, went_wrong
+from benchmarks.gpu.work import CASES, FILES, STAGE_NEEDS_S, SUITE, Case
 from gpuroi.errors import BackendUnavailableError
 
-SUITE = "suite"
 PARTS: dict[str, Case | None] = {SUITE: None} | {case.name: case for case in CASES}
 
 RESERVE_S = 10.0  # of the budget, for the table
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None, run_part: RunPart | None = None) ->
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.part is not None:
         return measure(options.part, options, options.budget_s)
-    log = _Before(options)
+    log = _Written(options)
     ends_at = started + options.budget_s - RESERVE_S
     for part in options.only or list(PARTS)[options.no_suite :]:
         ended = _run_part(log, part, options, ends_at - time.monotonic(), run_part or in_a_process)
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None, run_part: RunPart | None = None) ->
         print(f"MISSING {name}: {reason}")
     for text, verdict in promises(records, time.monotonic() - started, options.budget_s):
         print(f"{verdict:12} {text}")
-    return int(any("failed" in r or r.get("identical") is False for r in records))
+    return int(any(map(went_wrong, records)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,36 +72,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--commit", help="what to record where git does not tell")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu.jsonl")
     parser.add_argument("--part", choices=PARTS, help="measure this in this very process; no table")
+    parser.add_argument("--run", default=uuid.uuid4().hex[:8], help="what its records are known by")
     return parser
 
 
-class _Before:
-    """What was in the file of records before this run, so that what comes is known."""
+def _circumstances(options: argparse.Namespace) -> dict[str, Any]:
+    return {"run": options.run} | of_host(options.commit, options.quick)
+
+
+class _Written:
+    """What the parts of this run have written, each in its process."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
-        self._start = options.output.stat().st_size if options.output.exists() else 0
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the records of this run."""
+        """Return the records of this run, among those of others in the file."""
         records = []
         if self._options.output.exists():
-            for line in self._options.output.read_bytes()[self._start :].splitlines():
+            for line in self._options.output.read_bytes().splitlines():
                 with contextlib.suppress(ValueError):  # of a process that was ended meanwhile
                     records.append(json.loads(line))
-        return records
+        return [record for record in records if record.get("run") == self._options.run]
 
     def add(self, **record: Any) -> None:
         """Add what became of a part that cannot tell itself."""
         names = ("device", "processor", "versions", "missing")
         known = next(iter(self.records()), {})
         of_part = {name: known.get(name) for name in names}
-        of_part |= of_host(self._options.commit, self._options.quick)
+        of_part |= _circumstances(self._options)
         Log(output=self._options.output, circumstances=of_part).add(**record)
 
 
 def _run_part(
-    log: _Before, part: str, options: argparse.Namespace, left_s: float, run_part: RunPart
+    log: _Written, part: str, options: argparse.Namespace, left_s: float, run_part: RunPart
 ) -> int | None:
     """Run a part if there is time, and record it if it does not end well."""
     case = PARTS[part]
@@ -125,6 +129,7 @@ def in_a_process(part: str, options: argparse.Namespace, limit_s: float) -> int 
     """Measure a part where it takes nothing with it if it hangs or breaks the device's context."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", part]
     command += ["--output", str(options.output.absolute()), "--budget-s", f"{limit_s:.1f}"]
+    command += ["--run", options.run]
     command += ["--quick"] * options.quick
     command += [] if options.commit is None else ["--commit", options.commit]
     return within(command, limit_s)
@@ -169,7 +174,7 @@ def measure(
         device=device,
         output=options.output,
         ends_at=started + limit_s - min(STAGE_NEEDS_S, limit_s / 10),
-        circumstances=of_host(options.commit, options.quick) | of_device(device),
+        circumstances=_circumstances(options) | of_device(device),
     )
     case = PARTS[part]
     if case is None:

@@ -12,11 +12,11 @@ from typing import Any
 
 from benchmarks.gpu.device import CUPY, OWN, without_paths
 from benchmarks.gpu.records import ROOT, Run
-from benchmarks.gpu.work import REQUIRED
+from benchmarks.gpu.work import REQUIRED, SUITE
 from gpuroi.backends import cuda
 
 #: Test files of the contract, and what they need besides NumPy, SciPy and pytest.
-SUITE = {
+TESTS = {
     "tests/test_backends.py": (),
     "tests/test_arrays.py": (),
     "tests/test_extract.py": ("nibabel", "nilearn", "pandas", "isal"),
@@ -28,23 +28,23 @@ CUCIM_TEST = "tests/test_backends.py::test_cucim_labels_agree_with_the_cuda_back
 _OUTCOMES = re.compile(r"(\d+) ([a-z]+)(?=,| in )")
 
 
-def run_suite(run: Run, files: Mapping[str, Sequence[str]] = SUITE) -> None:
+def run_suite(run: Run, files: Mapping[str, Sequence[str]] = TESTS) -> None:
     """Run the contract suite with CuPy's verbs and with the kernels, both at once."""
     missing = run.device.missing
     if "pytest" in missing:
-        run.add(case="suite", stage="all", contender="-", skipped="pytest is missing")
+        run.add(case=SUITE, stage="all", contender="-", skipped="pytest is missing")
         return
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if missing.keys() & {"nibabel", "nilearn"}:
         command.append("--noconftest")  # it imports them; files that use its fixtures stay out
     if "cucim" in missing:
         command += ["--deselect", CUCIM_TEST]
-        run.add(case="suite", stage="cuCIM's test", contender="-", skipped=missing["cucim"])
+        run.add(case=SUITE, stage="cuCIM's test", contender="-", skipped=missing["cucim"])
     chosen = []
     for file, needed in files.items():
         if absent := ", ".join(name for name in needed if name in missing):
             skipped = f"{absent} missing"
-            run.add(case="suite", stage=Path(file).stem, contender="-", skipped=skipped)
+            run.add(case=SUITE, stage=Path(file).stem, contender="-", skipped=skipped)
         else:
             chosen.append(file)
     if not chosen:
@@ -69,4 +69,4 @@ def run_suite(run: Run, files: Mapping[str, Sequence[str]] = SUITE) -> None:
     with ThreadPoolExecutor(len(choices)) as pool:
         outcomes = list(pool.map(pytest, choices.values()))
     for name, outcome in zip(choices, outcomes, strict=True):
-        run.add(case="suite", stage=REQUIRED, contender=name, **outcome)
+        run.add(case=SUITE, stage=REQUIRED, contender=name, **outcome)

@@ -42,8 +42,19 @@ def gather(found: LabelledVoxels, volume: NDArray[Any]) -> RegionVoxels:
     index = found.index[np.argsort(label, kind="stable")]
     starts = np.cumsum(np.bincount(label, minlength=found.n_regions + 1))
     # Not by flat index: the map may have any memory layout, and a copy of it would cost more.
-    coordinates = np.unravel_index(index, volume.shape)
+    coordinates = _unravelled(index, volume.shape)
     return RegionVoxels(volume.shape, index, coordinates, volume[coordinates], starts)
+
+
+def _unravelled(index: NDArray[np.int64], shape: tuple[int, ...]) -> tuple[NDArray[np.int64], ...]:
+    """Return what `numpy.unravel_index` does of a volume, faster: by divisions of whole arrays.
+
+    Each coordinate lies in one piece, so that measuring is faster too.
+    """
+    _, n_y, n_z = shape
+    columns = index // n_z
+    x = columns // n_y
+    return x, columns - x * n_y, index - columns * n_z
 
 
 @dataclass(frozen=True)

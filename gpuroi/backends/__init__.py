@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from gpuroi.errors import BackendUnavailableError, UnknownBackendError
+from gpuroi.errors import BackendUnavailableError, DeviceFullError, UnknownBackendError, warn
 from gpuroi.types import Array, Connectivity, FloatArray, Tail
 
 #: What ``auto`` tries, best first.
@@ -338,7 +338,8 @@ def get_backend(backend: str | Backend = "auto") -> Backend:
     ----------
     backend : {"auto", "cpu", "cuda"} or Backend
         ``"auto"`` follows the environment variable ``GPUROI_BACKEND`` where it is set, and takes
-        the first of `PREFERENCE` that can run otherwise. Only ``auto`` ever falls back.
+        the first of `PREFERENCE` that can run otherwise. Only ``auto`` ever falls back; it warns
+        of a device that is passed over because its memory is full.
 
     Returns
     -------
@@ -384,5 +385,7 @@ def get_backend(backend: str | Backend = "auto") -> Backend:
         try:
             return _load(candidate)
         except BackendUnavailableError as reason:
+            if isinstance(reason, DeviceFullError):  # who has a GPU counts on it
+                warn(f"'auto' does without {candidate!r}: {reason}")
             reasons.append(f"{candidate}: {reason}")
     raise BackendUnavailableError("no backend can run here. " + " ".join(reasons))

@@ -1,5 +1,6 @@
-"""The verbs of a CUDA backend in calls of CuPy, one launch sequence for a whole batch.
+"""The verbs of a CUDA backend in calls of CuPy.
 
+One sequence of launches serves a whole batch, but for sorting, which is faster volume by volume.
 Labels come from ``cupyx.scipy.ndimage.label``, which numbers as SciPy does and takes the batch as
 one 4-D array; cuCIM's ``measure.label`` is the same kernels without a structuring element, volume
 by volume, and serves the tests as an oracle. Library calls that round differently

@@ -61,18 +61,15 @@ class PinnedUploads:
         # By powers of two: maps of many sizes would each leave memory of their own behind.
         n_pinned = 1 << max(0, n_bytes - 1).bit_length()
         try:
-            memory, is_pinned = cupy.cuda.alloc_pinned_memory(n_pinned), True
-        except cupy.cuda.runtime.CUDARuntimeError:  # as much cannot be pinned here
-            memory, is_pinned = bytearray(n_bytes), False
+            memory = cupy.cuda.alloc_pinned_memory(n_pinned)
+        except cupy.cuda.runtime.CUDARuntimeError:
+            memory = bytearray(n_bytes)  # as much cannot be pinned: the host waits while it is read
         whole = np.frombuffer(memory, np.uint8, n_bytes).view(dtype).reshape(shape)
 
         def send(staged: NDArray[Any]) -> Callable[[], Array]:
             with lane.stream:  # or memory given back before its copy is done could be reused
                 device = cupy.empty(staged.shape, staged.dtype)
             held = [device]
-            if not is_pinned:
-                device.set(staged)  # waits
-                return held.pop
             # The memory may have been an array's whose kernels are still queued.
             lane.stream.wait_event(cupy.cuda.get_current_stream().record())
             device.set(staged, stream=lane.stream)

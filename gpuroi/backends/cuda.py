@@ -8,6 +8,7 @@ recorded run on a GPU has shown it identical and faster; docs/cuda.md names the 
 import importlib.metadata
 import os
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import islice
 from types import ModuleType
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from gpuroi.backends import LabelledVoxels, Staging
 from gpuroi.backends._kernels import KernelVerbs
 from gpuroi.backends._library import LibraryVerbs
 from gpuroi.backends._uploads import PinnedUploads
-from gpuroi.errors import BackendUnavailableError, UnknownBackendError
+from gpuroi.errors import BackendUnavailableError, DeviceFullError, UnknownBackendError
 from gpuroi.types import Array, Connectivity, FloatArray, Tail
 
 ENVIRONMENT_VARIABLE = "GPUROI_CUDA_KERNELS"
@@ -54,6 +55,12 @@ def load() -> "CudaBackend":
     try:
         computed = int(cupy.arange(4, dtype=cupy.int32).sum())  # waits
     except Exception as error:  # a broken toolkit raises whatever its broken part raises
+        # Refused to CuPy's pool, or to the driver, which needs some for itself.
+        if isinstance(error, MemoryError) or "cudaErrorMemoryAllocation" in str(error):
+            raise DeviceFullError(
+                f"the CUDA device has no memory left for a first kernel ({error}); free what other "
+                "processes hold, which nvidia-smi lists, or pass backend='cpu'."
+            ) from error
         raise BackendUnavailableError(
             f"CuPy {cupy.__version__} sees a CUDA device but cannot compile and run a kernel "
             f"({type(error).__name__}: {error}); {_EXTRA}, whose 'ctk' parts bring the compiler."
@@ -62,7 +69,12 @@ def load() -> "CudaBackend":
         raise BackendUnavailableError(
             f"the CUDA device computed 0+1+2+3 = {computed}; it is faulty."
         )
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+
+    @cache  # a series of maps asks again and again, and the driver takes its time
+    def name_of(device: int) -> str:
+        name: bytes = cupy.cuda.runtime.getDeviceProperties(device)["name"]
+        return name.decode()
+
     packages = {
         "cupy": cupy.__version__,
         "cuda-runtime": str(cupy.cuda.runtime.runtimeGetVersion()),
@@ -73,7 +85,7 @@ def load() -> "CudaBackend":
     return CudaBackend(
         cupy,
         {verb: kernels if verb in chosen_kernels() else library for verb in VERBS},
-        device=properties["name"].decode(),
+        device=lambda: name_of(cupy.cuda.Device().id),
         packages=packages,
         uploads=PinnedUploads(cupy),
         free_bytes=lambda: _free_bytes(cupy),
@@ -130,8 +142,8 @@ class CudaBackend:
         CuPy; or NumPy in the tests of machines without a GPU.
     verbs : mapping
         `LibraryVerbs` or `KernelVerbs` for each of `VERBS`.
-    device : str
-        What hardware.
+    device : str or callable
+        What hardware; a function says it of the device that is current.
     packages : mapping
         Versions that decide the result, besides NumPy's and SciPy's.
     uploads : Uploads
@@ -147,13 +159,13 @@ class CudaBackend:
         xp: ModuleType,
         verbs: Mapping[str, "LibraryVerbs | KernelVerbs"],
         *,
-        device: str,
+        device: str | Callable[[], str],
         packages: Mapping[str, str],
         uploads: Uploads,
         free_bytes: Callable[[], int],
     ) -> None:
         self.xp = xp
-        self.device = device
+        self._device = device
         self._verbs = verbs
         self._uploads = uploads
         self._free_bytes = free_bytes
@@ -163,6 +175,11 @@ class CudaBackend:
             **{package: importlib.metadata.version(package) for package in ("numpy", "scipy")},
             "cuda-kernels": ", ".join(by_kernels) or "none: CuPy for every verb",
         }
+
+    @property
+    def device(self) -> str:
+        """See `gpuroi.backends.Backend`."""
+        return self._device if isinstance(self._device, str) else self._device()
 
     @property
     def batch_bytes(self) -> int:

@@ -31,7 +31,7 @@ from gpuroi.errors import (
     DeviceMemoryError,
     InvalidMapError,
 )
-from gpuroi.pipeline import COPIERS, Finder, Found, Prepared, Upload
+from gpuroi.pipeline import COPIERS, ComputedBy, Finder, Found, Prepared, Upload
 from gpuroi.recipe import Recipe
 
 # Batches on their way to the device or on it: one is copied while the other is worked on.
@@ -47,20 +47,6 @@ _TOLD_APART: tuple[type[Exception], ...] = (
 )
 
 _ENDED = "the process of the device has ended."
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the provenance says of a device in another process."""
-
-    name: str
-    device: str
-    packages: dict[str, str]
-    batch_bytes: int
-
-    def versions(self) -> dict[str, str]:
-        """Return the versions of the libraries that decide the result, by package name."""
-        return self.packages
 
 
 @dataclass(frozen=True)
@@ -140,21 +126,26 @@ class RemoteFinder:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._shared: mmap.mmap | None = None
-        self._device: Device | None = None
+        self._computed_by: ComputedBy | None = None
+        self._batch_bytes = 0  # as every answer says
 
     @property
-    def computed_by(self) -> Device:
+    def computed_by(self) -> ComputedBy:
         """What the provenance says of the device."""
-        if self._device is None:
-            with contextlib.suppress(OSError):  # it has ended; there is no answer
-                self._connection.send(None)
-            self._device = self._answer()
-        return self._device
+        return self._introduction()
 
     @property
     def batch_bytes(self) -> int:
-        """How much the device likes to be given at once."""
-        return self.computed_by.batch_bytes
+        """How much the device likes to be given at once: less, after what it had no room for."""
+        self._introduction()
+        return self._batch_bytes
+
+    def _introduction(self) -> ComputedBy:
+        if self._computed_by is None:
+            with contextlib.suppress(OSError):  # it has ended; there is no answer
+                self._connection.send(None)
+            self._computed_by = self._answer()
+        return self._computed_by
 
     def __call__(self, batch: list[Prepared]) -> list[Found]:
         """Return what is in each map of a batch of one grid and dtype.
@@ -208,7 +199,8 @@ class RemoteFinder:
             raise DeviceLostError(_ENDED) from error
         if isinstance(answer, _Failure):
             raise answer.kind(answer.message)
-        return answer
+        what, self._batch_bytes = answer
+        return what
 
 
 @dataclass
@@ -284,7 +276,7 @@ class _Consumption:
             return
         try:
             if request is None:
-                client.answer(self._device())
+                client.answer((self._finder.computed_by, self._finder.batch_bytes))
                 return
             volumes = client.volumes(request)
             # No voxels: the finder keeps the grid that its masks are on.
@@ -301,17 +293,14 @@ class _Consumption:
             pass
         return self._finder.begin(staging, len(volumes))
 
-    def _device(self) -> Device:
-        finder, backend = self._finder, self._finder.computed_by
-        return Device(backend.name, backend.device, backend.versions(), finder.batch_bytes)
-
     def _answer_first(self) -> None:
         first = self._waiting.popleft()
         try:
-            found: Any = self._finder.find(first.upload, first.source)
+            found = self._finder.find(first.upload, first.source)
         except Exception as error:
-            found = error
-        first.client.answer(found)
+            first.client.answer(error)
+        else:
+            first.client.answer((found, self._finder.batch_bytes))
 
 
 def _consume(
