@@ -1,6 +1,7 @@
 """The CUDA kernels, compiled as C++ for a CPU and by NVIDIA's compiler for devices not here."""
 
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -226,6 +227,45 @@ def test_threads_that_do_meet_are_noticed(threads):
         CONTENDED["one dense component"].check(
             kernels_on_cpu(mutated(_named("flatten: additions to sizes get lost"), threads))
         )
+
+
+#: Kernels in which threads meet; in `reverse` alone a barrier lies between whatever two of them do.
+MEETINGS = """
+__device__ void reach(int* found) {
+    if (threadIdx.x == 0 && (int)blockIdx.x >= found[0]) found[0] = blockIdx.x + 1;
+}
+extern "C" __global__ void before_a_barrier(int* found) { reach(found); __syncthreads(); }
+extern "C" __global__ void after_a_barrier(int* found) { __syncthreads(); reach(found); }
+extern "C" __global__ void after_a_vote(int* found) { if (__any_sync(ALL, 1)) reach(found); }
+extern "C" __global__ void after_others_have_ended(int* found) {
+    if (threadIdx.x > 40) return;
+    __syncthreads();
+    reach(found);
+}
+extern "C" __global__ void within_a_warp_after_a_vote(int* found) {
+    if (__any_sync(ALL, 1) && threadIdx.x < 2) found[64 * blockIdx.x] = threadIdx.x;
+}
+extern "C" __global__ void reverse(int* found) {
+    SHARED(int, places, 64);
+    for (int step = 0; step < 3 && (int)threadIdx.x < 64 - step; step++) {
+        places[threadIdx.x] = threadIdx.x;
+        __syncthreads();
+        found[64 * blockIdx.x + threadIdx.x] = places[63 - step - threadIdx.x];
+        __syncthreads();
+    }
+}
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", kernels_of(MEETINGS))
+def test_barriers_put_in_order_what_a_block_does_and_nothing_else(threads, name):
+    found = np.zeros((3, 64), np.int32)
+    is_ordered = name == "reverse"
+    with nullcontext() if is_ordered else pytest.raises(RaceError, match="data race"):
+        threads(f"#define ALL 0xffffffffu{MEETINGS}", ()).get_function(name)((3,), (64,), (found,))
+    if is_ordered:
+        np.testing.assert_array_equal(found[:, :62], [np.arange(61, -1, -1)] * 3)
 
 
 def _named(name):

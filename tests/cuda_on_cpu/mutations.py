@@ -114,6 +114,13 @@ MUTATIONS = (
         contended="neighbouring ranks",
     ),
     Mutation(
+        "count_digits: the smallest key above is not the minimum of all blocks",
+        "select.cu",
+        "atomicMin(next + job, smallest_above[0]);",
+        "if (smallest_above[0] < next[job]) next[job] = smallest_above[0];",
+        contended="neighbouring ranks",
+    ),
+    Mutation(
         "count_digits: the last key above instead of the smallest",
         "select.cu",
         "above > prefix && key < smallest",
