@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import mmap
 import platform
 import re
 import shutil
@@ -24,6 +25,8 @@ _CTYPES = {"int": ctypes.c_int, "unsigned": ctypes.c_uint}
 # Sums round as on a device: no multiply-add. Alignment and so on are undefined behaviour there too.
 _FLAGS = ["-std=c++20", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w"]
 _SANITIZED = ["-O1", "-g", "-fsanitize=thread", "-pthread"]
+_NO_ACCESS = 0  # PROT_NONE
+_MOST_FENCED = 2**20  # bytes; larger arrays take long to copy for each launch
 
 
 class RaceError(AssertionError):
@@ -135,17 +138,42 @@ class _FibersModule:
 
     def get_function(self, name):
         def run(blocks, threads, arguments):
-            parameters = self.kernels[name]
             passed = [
-                _by_ctypes(parameter, argument)
-                for parameter, argument in zip(parameters, arguments, strict=True)
+                (parameter, argument, _fenced(argument))
+                for parameter, argument in zip(self.kernels[name], arguments, strict=True)
             ]
+            words = [_by_ctypes(parameter, copy) for parameter, _, copy in passed]
             seed = ctypes.c_uint(self.seeds.integers(2**32))
             function = getattr(self.library, f"run_{name}")
-            if function(ctypes.c_uint(*blocks), ctypes.c_uint(*threads), seed, *passed):
+            if function(ctypes.c_uint(*blocks), ctypes.c_uint(*threads), seed, *words):
                 raise RaceError(f"{name}: threads wait at a barrier for others that have ended")
+            for parameter, argument, copy in passed:
+                if copy is not argument and not parameter.type.startswith("const"):
+                    argument[...] = copy
 
         return run
+
+
+def _fenced(argument):
+    """Return a copy of an array, a page behind it that nobody may touch: reading on is a crash."""
+    if not isinstance(argument, np.ndarray):
+        return argument
+    assert argument.flags.c_contiguous
+    if argument.nbytes > _MOST_FENCED:
+        return argument
+    end = -(-argument.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, end + mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    fence = ctypes.addressof(ctypes.c_char.from_buffer(memory, end))
+    failed = _libc().mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(mmap.PAGESIZE), _NO_ACCESS)
+    assert not failed, "no page can be fenced off"
+    copy = np.ndarray(argument.shape, argument.dtype, memory, end - argument.nbytes)
+    copy[...] = argument
+    return copy
+
+
+@functools.cache
+def _libc():
+    return ctypes.CDLL(None)
 
 
 def _by_ctypes(parameter, argument):
@@ -153,7 +181,6 @@ def _by_ctypes(parameter, argument):
         assert argument.itemsize == 4, f"{parameter.name} has another size on a device"
         return _CTYPES[parameter.type](int(argument))
     if isinstance(argument, np.ndarray):
-        assert argument.flags.c_contiguous
         return ctypes.c_void_p(argument.ctypes.data)
     assert argument == 0
     assert argument.itemsize == ctypes.sizeof(ctypes.c_void_p)

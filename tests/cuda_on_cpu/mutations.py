@@ -81,6 +81,24 @@ MUTATIONS = (
         contended="voxels of components",
     ),
     Mutation(
+        "read_chunk: reads beyond the end of the batch",
+        "common.cu",
+        "values[j] = i < n_voxels ? maps[i] : 0;",
+        "values[j] = maps[i];",
+    ),
+    Mutation(
+        "count_digits: reads beyond the end of the batch",
+        "select.cu",
+        "values[j] = is_member[j] ? maps[offset + i] : 0;",
+        "values[j] = maps[offset + i];",
+    ),
+    Mutation(
+        "count_digits: reads beyond the end of the population",
+        "select.cu",
+        "is_member[j] && population[offset + from + j * step]",
+        "population[offset + from + j * step] && is_member[j]",
+    ),
+    Mutation(
         "count_digits: counting begins before the counters are cleared",
         "select.cu",
         "smallest_above[0] = ~(Bits)0;\n    __syncthreads();",
@@ -296,6 +314,18 @@ MUTATIONS = (
         "smooth.cu",
         "sum += (before + after) * weights[offset];",
         "sum += before * weights[offset] + after * weights[offset];",
+    ),
+    Mutation(
+        "widen: denormals go through a float, which is flushed",
+        "smooth.cu",
+        "if ((bits & INFINITE) != 0) return (double)__uint_as_float(bits);",
+        "return (double)__uint_as_float(bits);",
+    ),
+    Mutation(
+        "narrow: denormals go through a float, which is flushed",
+        "smooth.cu",
+        "if (magnitude >= SMALLEST_NORMAL) return",
+        "return",
     ),
     Mutation(
         "smooth_axis: denormal sums lose their sign",
