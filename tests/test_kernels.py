@@ -26,8 +26,16 @@ from tests.cuda_on_cpu.compiler import (
     kernels_of,
     sanitizer_is_missing,
 )
+from tests.cuda_on_cpu.far import FAR
 from tests.cuda_on_cpu.mutations import MUTATIONS, battery, how_caught, mutated
-from tests.cuda_on_cpu.nvrtc import CompileError, cuda_compiler, cuda_compiler_is_missing
+from tests.cuda_on_cpu.nvrtc import (
+    CompileError,
+    assert_threads_see_what_others_write,
+    body_of,
+    compile_as_cupy,
+    cuda_compiler,
+    cuda_compiler_is_missing,
+)
 
 DTYPES = ("float32", "float64")
 
@@ -197,6 +205,12 @@ def test_a_volume_beyond_32_bits_is_refused():
             getattr(kernels, verb)(maps, *arguments)
 
 
+@needs_compiler
+@pytest.mark.parametrize("what", FAR)
+def test_offsets_beyond_32_bits_are_right(what):
+    FAR[what](lambda compiler: compiler)
+
+
 @pytest.fixture(scope="module")
 def threads():
     if (reason := sanitizer_is_missing()) is not None:
@@ -290,7 +304,13 @@ def test_every_fault_finds_its_place_once():
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        pytest.param(one, id=one.name, marks=[needs_cuda_compiler] * (one.engine == "NVRTC"))
+        for one in MUTATIONS
+    ],
+)
 def test_every_fault_is_noticed(mutation, request):
     if mutation.engine == "threads":
         request.getfixturevalue("threads")
@@ -303,7 +323,7 @@ def _compiled_for(architecture, dtype, **replaced):
     KernelVerbs(np, launches).smooth(np.zeros((1, 2, 2, 2), dtype), (1.0, 1.0, 1.0))
     ((code, options),) = launches.compiled
     options = [replaced.get(option, option) for option in options]
-    return cuda_compiler().compile(code, [*options, "-ftz=true"], architecture)  # as CuPy adds
+    return compile_as_cupy(code, options, architecture)
 
 
 @needs_cuda_compiler
@@ -326,11 +346,15 @@ def test_a_warning_of_the_compiler_is_an_error():
 
 
 @needs_cuda_compiler
+def test_threads_see_what_others_write():
+    assert_threads_see_what_others_write(compile_as_cupy)
+
+
+@needs_cuda_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_of_the_gaussian_are_not_fused(dtype):
     def instructions(**replaced):
-        ptx = _compiled_for("compute_90", dtype, **replaced).decode()
-        (body,) = re.findall(r"\.entry smooth_axis\(.*?\n\}", ptx, re.DOTALL)
+        body = body_of("smooth_axis", _compiled_for("compute_90", dtype, **replaced))
         return set(re.findall(r"\b(?:fma|mul|add)\.\S*f64\b", body))
 
     # Without ".rn" the assembler might still fuse them.

@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -111,23 +112,28 @@ def _defines(options):
 
 
 class Fibers:
-    """A `gpuroi.backends._kernels.Compiler`; every launch has another order of threads."""
+    """A `gpuroi.backends._kernels.Compiler`; every launch has another order of threads.
 
-    def __init__(self, seed=0):
+    `chosen` says from a launch's number of blocks which of them run.
+    """
+
+    def __init__(self, seed=0, chosen=np.arange):
         self._seeds = np.random.default_rng(seed)
+        self._chosen = chosen
 
     def __call__(self, source, options):
         kernels = kernels_of(source)
         wrappers = [
-            f'extern "C" int run_{name}(unsigned blocks, unsigned threads, unsigned seed, '
+            f'extern "C" int run_{name}(const unsigned* numbers, unsigned blocks, '
+            + "unsigned threads, unsigned seed, "
             + ", ".join(f"{one.type} {one.name}" for one in parameters)
-            + ") { return engine::launch(blocks, threads, seed, [=] { "
+            + ") { return engine::launch(numbers, blocks, threads, seed, [=] { "
             + f"{name}({', '.join(one.name for one in parameters)}); }}); }}"
             for name, parameters in kernels.items()
         ]
         code = "\n".join(['#include "fibers.h"', '#include "device.h"', source, *wrappers])
         path = _compile(code, ["-O1", "-shared", "-fPIC", *_defines(options)], ".so")
-        return _FibersModule(ctypes.CDLL(str(path)), kernels, self._seeds)
+        return _FibersModule(ctypes.CDLL(str(path)), kernels, self._seeds, self._chosen)
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,7 @@ class _FibersModule:
     library: ctypes.CDLL
     kernels: dict
     seeds: np.random.Generator
+    chosen: Callable[[int], Sequence[int]]
 
     def get_function(self, name):
         def run(blocks, threads, arguments):
@@ -143,9 +150,10 @@ class _FibersModule:
                 for parameter, argument in zip(self.kernels[name], arguments, strict=True)
             ]
             words = [_by_ctypes(parameter, copy) for parameter, _, copy in passed]
-            seed = ctypes.c_uint(self.seeds.integers(2**32))
+            numbers = np.array(self.chosen(*blocks), np.uint32)
+            grid = map(ctypes.c_uint, (numbers.size, *threads, self.seeds.integers(2**32)))
             function = getattr(self.library, f"run_{name}")
-            if function(ctypes.c_uint(*blocks), ctypes.c_uint(*threads), seed, *words):
+            if function(ctypes.c_void_p(numbers.ctypes.data), *grid, *words):
                 raise RaceError(f"{name}: threads wait at a barrier for others that have ended")
             for parameter, argument, copy in passed:
                 if copy is not argument and not parameter.type.startswith("const"):
