@@ -3,6 +3,7 @@
 ``python -m tests.cuda_on_cpu.mutations`` prints how each is caught.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -448,12 +450,19 @@ def how_caught(mutation: Mutation) -> str | None:
     In a process of its own, which may crash or never end.
     """
     command = [sys.executable, "-m", "tests.cuda_on_cpu.mutations", mutation.name]
-    try:
-        done = subprocess.run(
-            command, cwd=_ROOT, capture_output=True, text=True, check=False, timeout=_MOST_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return f"no end within {_MOST_SECONDS} s"
+    with TemporaryDirectory() as folder:  # what a crash leaves behind goes with it
+        try:
+            done = subprocess.run(
+                command,
+                cwd=_ROOT,
+                env=os.environ | {"TMPDIR": folder},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_MOST_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return f"no end within {_MOST_SECONDS} s"
     if done.returncode < 0:
         return f"a crash by signal {-done.returncode}"
     assert done.returncode == 0, done.stderr
