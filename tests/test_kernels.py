@@ -1,6 +1,7 @@
 """The CUDA kernels, compiled as C++ for a CPU and by NVIDIA's compiler for devices not here."""
 
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,8 +26,16 @@ from tests.cuda_on_cpu.compiler import (
     kernels_of,
     sanitizer_is_missing,
 )
+from tests.cuda_on_cpu.far import FAR
 from tests.cuda_on_cpu.mutations import MUTATIONS, battery, how_caught, mutated
-from tests.cuda_on_cpu.nvrtc import CompileError, cuda_compiler, cuda_compiler_is_missing
+from tests.cuda_on_cpu.nvrtc import (
+    CompileError,
+    assert_threads_see_what_others_write,
+    body_of,
+    compile_as_cupy,
+    cuda_compiler,
+    cuda_compiler_is_missing,
+)
 
 DTYPES = ("float32", "float64")
 
@@ -196,6 +205,12 @@ def test_a_volume_beyond_32_bits_is_refused():
             getattr(kernels, verb)(maps, *arguments)
 
 
+@needs_compiler
+@pytest.mark.parametrize("what", FAR)
+def test_offsets_beyond_32_bits_are_right(what):
+    FAR[what](lambda compiler: compiler)
+
+
 @pytest.fixture(scope="module")
 def threads():
     if (reason := sanitizer_is_missing()) is not None:
@@ -228,6 +243,45 @@ def test_threads_that_do_meet_are_noticed(threads):
         )
 
 
+#: Kernels in which threads meet; in `reverse` alone a barrier lies between whatever two of them do.
+MEETINGS = """
+__device__ void reach(int* found) {
+    if (threadIdx.x == 0 && (int)blockIdx.x >= found[0]) found[0] = blockIdx.x + 1;
+}
+extern "C" __global__ void before_a_barrier(int* found) { reach(found); __syncthreads(); }
+extern "C" __global__ void after_a_barrier(int* found) { __syncthreads(); reach(found); }
+extern "C" __global__ void after_a_vote(int* found) { if (__any_sync(ALL, 1)) reach(found); }
+extern "C" __global__ void after_others_have_ended(int* found) {
+    if (threadIdx.x > 40) return;
+    __syncthreads();
+    reach(found);
+}
+extern "C" __global__ void within_a_warp_after_a_vote(int* found) {
+    if (__any_sync(ALL, 1) && threadIdx.x < 2) found[64 * blockIdx.x] = threadIdx.x;
+}
+extern "C" __global__ void reverse(int* found) {
+    SHARED(int, places, 64);
+    for (int step = 0; step < 3 && (int)threadIdx.x < 64 - step; step++) {
+        places[threadIdx.x] = threadIdx.x;
+        __syncthreads();
+        found[64 * blockIdx.x + threadIdx.x] = places[63 - step - threadIdx.x];
+        __syncthreads();
+    }
+}
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", kernels_of(MEETINGS))
+def test_barriers_put_in_order_what_a_block_does_and_nothing_else(threads, name):
+    found = np.zeros((3, 64), np.int32)
+    is_ordered = name == "reverse"
+    with nullcontext() if is_ordered else pytest.raises(RaceError, match="data race"):
+        threads(f"#define ALL 0xffffffffu{MEETINGS}", ()).get_function(name)((3,), (64,), (found,))
+    if is_ordered:
+        np.testing.assert_array_equal(found[:, :62], [np.arange(61, -1, -1)] * 3)
+
+
 def _named(name):
     return next(mutation for mutation in MUTATIONS if mutation.name == name)
 
@@ -250,7 +304,13 @@ def test_every_fault_finds_its_place_once():
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        pytest.param(one, id=one.name, marks=[needs_cuda_compiler] * (one.engine == "NVRTC"))
+        for one in MUTATIONS
+    ],
+)
 def test_every_fault_is_noticed(mutation, request):
     if mutation.engine == "threads":
         request.getfixturevalue("threads")
@@ -263,7 +323,7 @@ def _compiled_for(architecture, dtype, **replaced):
     KernelVerbs(np, launches).smooth(np.zeros((1, 2, 2, 2), dtype), (1.0, 1.0, 1.0))
     ((code, options),) = launches.compiled
     options = [replaced.get(option, option) for option in options]
-    return cuda_compiler().compile(code, [*options, "-ftz=true"], architecture)  # as CuPy adds
+    return compile_as_cupy(code, options, architecture)
 
 
 @needs_cuda_compiler
@@ -286,11 +346,15 @@ def test_a_warning_of_the_compiler_is_an_error():
 
 
 @needs_cuda_compiler
+def test_threads_see_what_others_write():
+    assert_threads_see_what_others_write(compile_as_cupy)
+
+
+@needs_cuda_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_of_the_gaussian_are_not_fused(dtype):
     def instructions(**replaced):
-        ptx = _compiled_for("compute_90", dtype, **replaced).decode()
-        (body,) = re.findall(r"\.entry smooth_axis\(.*?\n\}", ptx, re.DOTALL)
+        body = body_of("smooth_axis", _compiled_for("compute_90", dtype, **replaced))
         return set(re.findall(r"\b(?:fma|mul|add)\.\S*f64\b", body))
 
     # Without ".rn" the assembler might still fuse them.

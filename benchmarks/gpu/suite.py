@@ -19,6 +19,7 @@ from gpuroi.backends import cuda
 TESTS = {
     "tests/test_backends.py": (),
     "tests/test_arrays.py": (),
+    "tests/test_kernels_on_gpu.py": (),
     "tests/test_extract.py": ("nibabel", "nilearn", "pandas", "isal"),
     "tests/test_local_regions.py": ("nibabel", "nilearn", "isal", "threadpoolctl"),
 }

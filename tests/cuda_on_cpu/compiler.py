@@ -8,10 +8,12 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import mmap
 import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +26,8 @@ _CTYPES = {"int": ctypes.c_int, "unsigned": ctypes.c_uint}
 # Sums round as on a device: no multiply-add. Alignment and so on are undefined behaviour there too.
 _FLAGS = ["-std=c++20", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w"]
 _SANITIZED = ["-O1", "-g", "-fsanitize=thread", "-pthread"]
+_NO_ACCESS = 0  # PROT_NONE
+_MOST_FENCED = 2**20  # bytes; larger arrays take long to copy for each launch
 
 
 class RaceError(AssertionError):
@@ -108,23 +112,28 @@ def _defines(options):
 
 
 class Fibers:
-    """A `gpuroi.backends._kernels.Compiler`; every launch has another order of threads."""
+    """A `gpuroi.backends._kernels.Compiler`; every launch has another order of threads.
 
-    def __init__(self, seed=0):
+    `chosen` says from a launch's number of blocks which of them run.
+    """
+
+    def __init__(self, seed=0, chosen=np.arange):
         self._seeds = np.random.default_rng(seed)
+        self._chosen = chosen
 
     def __call__(self, source, options):
         kernels = kernels_of(source)
         wrappers = [
-            f'extern "C" int run_{name}(unsigned blocks, unsigned threads, unsigned seed, '
+            f'extern "C" int run_{name}(const unsigned* numbers, unsigned blocks, '
+            + "unsigned threads, unsigned seed, "
             + ", ".join(f"{one.type} {one.name}" for one in parameters)
-            + ") { return engine::launch(blocks, threads, seed, [=] { "
+            + ") { return engine::launch(numbers, blocks, threads, seed, [=] { "
             + f"{name}({', '.join(one.name for one in parameters)}); }}); }}"
             for name, parameters in kernels.items()
         ]
         code = "\n".join(['#include "fibers.h"', '#include "device.h"', source, *wrappers])
         path = _compile(code, ["-O1", "-shared", "-fPIC", *_defines(options)], ".so")
-        return _FibersModule(ctypes.CDLL(str(path)), kernels, self._seeds)
+        return _FibersModule(ctypes.CDLL(str(path)), kernels, self._seeds, self._chosen)
 
 
 @dataclass(frozen=True)
@@ -132,20 +141,47 @@ class _FibersModule:
     library: ctypes.CDLL
     kernels: dict
     seeds: np.random.Generator
+    chosen: Callable[[int], Sequence[int]]
 
     def get_function(self, name):
         def run(blocks, threads, arguments):
-            parameters = self.kernels[name]
             passed = [
-                _by_ctypes(parameter, argument)
-                for parameter, argument in zip(parameters, arguments, strict=True)
+                (parameter, argument, _fenced(argument))
+                for parameter, argument in zip(self.kernels[name], arguments, strict=True)
             ]
-            seed = ctypes.c_uint(self.seeds.integers(2**32))
+            words = [_by_ctypes(parameter, copy) for parameter, _, copy in passed]
+            numbers = np.array(self.chosen(*blocks), np.uint32)
+            grid = map(ctypes.c_uint, (numbers.size, *threads, self.seeds.integers(2**32)))
             function = getattr(self.library, f"run_{name}")
-            if function(ctypes.c_uint(*blocks), ctypes.c_uint(*threads), seed, *passed):
+            if function(ctypes.c_void_p(numbers.ctypes.data), *grid, *words):
                 raise RaceError(f"{name}: threads wait at a barrier for others that have ended")
+            for parameter, argument, copy in passed:
+                if copy is not argument and not parameter.type.startswith("const"):
+                    argument[...] = copy
 
         return run
+
+
+def _fenced(argument):
+    """Return a copy of an array, a page behind it that nobody may touch: reading on is a crash."""
+    if not isinstance(argument, np.ndarray):
+        return argument
+    assert argument.flags.c_contiguous
+    if argument.nbytes > _MOST_FENCED:
+        return argument
+    end = -(-argument.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, end + mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    fence = ctypes.addressof(ctypes.c_char.from_buffer(memory, end))
+    failed = _libc().mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(mmap.PAGESIZE), _NO_ACCESS)
+    assert not failed, "no page can be fenced off"
+    copy = np.ndarray(argument.shape, argument.dtype, memory, end - argument.nbytes)
+    copy[...] = argument
+    return copy
+
+
+@functools.cache
+def _libc():
+    return ctypes.CDLL(None)
 
 
 def _by_ctypes(parameter, argument):
@@ -153,7 +189,6 @@ def _by_ctypes(parameter, argument):
         assert argument.itemsize == 4, f"{parameter.name} has another size on a device"
         return _CTYPES[parameter.type](int(argument))
     if isinstance(argument, np.ndarray):
-        assert argument.flags.c_contiguous
         return ctypes.c_void_p(argument.ctypes.data)
     assert argument == 0
     assert argument.itemsize == ctypes.sizeof(ctypes.c_void_p)

@@ -80,8 +80,10 @@ To same_bits(From from) {
     memcpy(&to, &from, sizeof to);
     return to;
 }
-inline float __uint_as_float(unsigned bits) { return same_bits<float>(bits); }
-inline unsigned __float_as_uint(float value) { return same_bits<unsigned>(value); }
+// CuPy has denormal floats flushed wherever one is computed with: here, wherever one begins or ends.
+inline unsigned flushed(unsigned bits) { return bits & 0x7f800000u ? bits : bits & 0x80000000u; }
+inline float __uint_as_float(unsigned bits) { return same_bits<float>(flushed(bits)); }
+inline unsigned __float_as_uint(float value) { return flushed(same_bits<unsigned>(value)); }
 inline double __longlong_as_double(long long bits) { return same_bits<double>(bits); }
 inline long long __double_as_longlong(double value) { return same_bits<long long>(value); }
 inline long long __double2ll_rn(double value) { return std::llrint(value); }

@@ -103,8 +103,11 @@ inline void start_block(int slot, unsigned number) {
     }
 }
 
-// Returns 0, or 1 if threads wait for others that never come.
-inline int launch(unsigned n_blocks, unsigned threads, unsigned seed, std::function<void()> body) {
+// Runs some blocks, by their numbers. Returns 0, or 1 if threads wait for others that never come.
+inline int launch(
+    const unsigned* numbers, unsigned n_blocks, unsigned threads, unsigned seed,
+    std::function<void()> body
+) {
     kernel = std::move(body);
     n_threads = threads;
     chance.seed(seed);
@@ -114,7 +117,7 @@ inline int launch(unsigned n_blocks, unsigned threads, unsigned seed, std::funct
     for (int slot = 0; slot < LIVE_BLOCKS; slot++) {
         blocks[slot].n_running = 0;
         blocks[slot].barrier.waiting.clear();
-        if (next < n_blocks) start_block(slot, next++);
+        if (next < n_blocks) start_block(slot, numbers[next++]);
     }
     while (!ready.empty()) {
         unsigned pick = chance() % ready.size();
@@ -134,7 +137,7 @@ inline int launch(unsigned n_blocks, unsigned threads, unsigned seed, std::funct
             setcontext(&fiber.context);
         }
         if (outcome == 2 && my_block().n_running == 0 && next < n_blocks) {
-            start_block(me().slot, next++);
+            start_block(me().slot, numbers[next++]);
         }
     }
     for (Block& block : blocks) {

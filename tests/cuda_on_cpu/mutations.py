@@ -3,12 +3,15 @@
 ``python -m tests.cuda_on_cpu.mutations`` prints how each is caught.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -16,8 +19,17 @@ from gpuroi.testing import KINDS
 from tests.cuda_on_cpu import kernels_on_cpu
 from tests.cuda_on_cpu.cases import CONTENDED, VERBS, Case, random_maps, special
 from tests.cuda_on_cpu.compiler import Fibers, NotRunError, Threads
+from tests.cuda_on_cpu.far import FAR
+from tests.cuda_on_cpu.nvrtc import (
+    CompileError,
+    assert_threads_see_what_others_write,
+    compile_as_cupy,
+)
 
 _ROOT = Path(__file__).parents[2]
+#: Notices by the instructions for a device.
+PTX = "PTX"
+
 _MOST_SECONDS = 180  # a fault may have no end; a launch of `Threads` gives up by itself before
 
 
@@ -25,23 +37,96 @@ _MOST_SECONDS = 180  # a fault may have no end; a launch of `Threads` gives up b
 class Mutation:
     """A text in a file of kernels, and the faulty one in its place.
 
-    Fibers switch at loads, atomics and barriers only, so some races leave no trace in their
-    answers. For those `contended` names the case in which ThreadSanitizer sees two threads meet.
+    Fibers switch at loads, atomics and barriers only, so some races leave no trace in the answers
+    to the battery. For those `noticed_by` names the case of `CONTENDED` in which ThreadSanitizer
+    sees two threads meet; for offsets of 32 bits, that of `FAR`; and `PTX` for what is not C++.
     """
 
     name: str
     file: str
     old: str
     new: str
-    contended: str | None = None
+    noticed_by: str = "battery"
 
     @property
     def engine(self) -> str:
         """Return who has to notice."""
-        return "fibers" if self.contended is None else "threads"
+        if self.noticed_by == PTX:
+            return "NVRTC"
+        return "threads" if self.noticed_by in CONTENDED else "fibers"
 
 
 MUTATIONS = (
+    Mutation(
+        "load: the compiler may remember what was there before",
+        "common.cu",
+        "return *(const volatile int*)place;",
+        "return *place;",
+        noticed_by=PTX,
+    ),
+    Mutation(
+        "load: not from memory at all",
+        "common.cu",
+        "return *(const volatile int*)place;",
+        "return 7;",
+        noticed_by=PTX,
+    ),
+    Mutation(
+        "store: forgotten",
+        "common.cu",
+        "*(volatile int*)place = value;",
+        "",
+        noticed_by=PTX,
+    ),
+    Mutation(
+        "own_chunk: 32 bits for the offset of a volume",
+        "common.cu",
+        "(long long)chunk.volume * n_voxels",
+        "chunk.volume * n_voxels",
+        noticed_by="voxels",
+    ),
+    Mutation(
+        "own_list: 32 bits for the offset of a list",
+        "common.cu",
+        "(long long)blockIdx.x * CHUNK",
+        "blockIdx.x * CHUNK",
+        noticed_by="voxels",
+    ),
+    Mutation(
+        "count_digits: 32 bits for the offset of a volume",
+        "select.cu",
+        "(long long)volume * n_voxels",
+        "volume * n_voxels",
+        noticed_by="voxels",
+    ),
+    Mutation(
+        "count_digits: 32 bits for the offset of a histogram",
+        "select.cu",
+        "long long job = (long long)volume * n_ranks + rank;",
+        "int job = volume * n_ranks + rank;",
+        noticed_by="voxels",
+    ),
+    Mutation(
+        "pick_digit: 32 bits for the offset of a histogram",
+        "select.cu",
+        "(long long)blockIdx.x * DIGITS",
+        "blockIdx.x * DIGITS",
+        noticed_by="voxels",
+    ),
+    Mutation(
+        "number_chunks: 32 bits for the offset of a volume's chunks",
+        "components.cu",
+        "(long long)blockIdx.x * chunks",
+        "blockIdx.x * chunks",
+        noticed_by="chunks",
+    ),
+    Mutation(
+        "gather_labelled: 32 bits for the number of voxels before",
+        "components.cu",
+        "long long begin = blockIdx.x ? ends[blockIdx.x - 1] : 0;",
+        "int begin = blockIdx.x ? ends[blockIdx.x - 1] : 0;",
+        noticed_by="labelled voxels",
+    ),
     Mutation(
         "NaN sorts by its bits",
         "common.cu",
@@ -71,14 +156,32 @@ MUTATIONS = (
         "common.cu",
         "__syncthreads();  // before the next call writes",
         "",
-        contended="voxels of components",
+        noticed_by="voxels of components",
     ),
     Mutation(
         "list_marked: places read before all rows have theirs",
         "common.cu",
         "total += strip;\n    }\n    __syncthreads();",
         "total += strip;\n    }",
-        contended="voxels of components",
+        noticed_by="voxels of components",
+    ),
+    Mutation(
+        "read_chunk: reads beyond the end of the batch",
+        "common.cu",
+        "values[j] = i < n_voxels ? maps[i] : 0;",
+        "values[j] = maps[i];",
+    ),
+    Mutation(
+        "count_digits: reads beyond the end of the batch",
+        "select.cu",
+        "values[j] = is_member[j] ? maps[offset + i] : 0;",
+        "values[j] = maps[offset + i];",
+    ),
+    Mutation(
+        "count_digits: reads beyond the end of the population",
+        "select.cu",
+        "is_member[j] && population[offset + from + j * step]",
+        "population[offset + from + j * step] && is_member[j]",
     ),
     Mutation(
         "count_digits: counting begins before the counters are cleared",
@@ -97,7 +200,7 @@ MUTATIONS = (
         "select.cu",
         "\n    if (repetitions) atomicAdd(counts + last_digit, repetitions);",
         "\n    if (repetitions) counts[last_digit] += repetitions;",
-        contended="neighbouring ranks",
+        noticed_by="neighbouring ranks",
     ),
     Mutation(
         "count_digits: additions of blocks get lost",
@@ -111,7 +214,14 @@ MUTATIONS = (
         "select.cu",
         "atomicMin(smallest_above, smallest);",
         "if (smallest < smallest_above[0]) smallest_above[0] = smallest;",
-        contended="neighbouring ranks",
+        noticed_by="neighbouring ranks",
+    ),
+    Mutation(
+        "count_digits: the smallest key above is not the minimum of all blocks",
+        "select.cu",
+        "atomicMin(next + job, smallest_above[0]);",
+        "if (smallest_above[0] < next[job]) next[job] = smallest_above[0];",
+        noticed_by="neighbouring ranks",
     ),
     Mutation(
         "count_digits: the last key above instead of the smallest",
@@ -154,7 +264,7 @@ MUTATIONS = (
         "select.cu",
         "ranks[blockIdx.x] = picked[1];\n    }\n    __syncthreads();",
         "ranks[blockIdx.x] = picked[1];\n    }",
-        contended="neighbouring ranks",
+        noticed_by="neighbouring ranks",
     ),
     Mutation(
         "threshold: a voxel at the cut-off is background",
@@ -185,7 +295,7 @@ MUTATIONS = (
         "components.cu",
         "int before = atomicMin(parents + one, other + 1) - 1;",
         "int before = parents[one] - 1;\n        if (other < before) parents[one] = other + 1;",
-        contended="one dense component",
+        noticed_by="one dense component",
     ),
     Mutation(
         "merge: rows wrap around at their end",
@@ -222,7 +332,7 @@ MUTATIONS = (
         "components.cu",
         "atomicAdd(sizes + chunk.offset + root, __popc(same));",
         "sizes[chunk.offset + root] += __popc(same);",
-        contended="one dense component",
+        noticed_by="one dense component",
     ),
     Mutation(
         "is_kept: a component of min_voxels is too small",
@@ -291,6 +401,18 @@ MUTATIONS = (
         "sum += before * weights[offset] + after * weights[offset];",
     ),
     Mutation(
+        "widen: denormals go through a float, which is flushed",
+        "smooth.cu",
+        "if ((bits & INFINITE) != 0) return (double)__uint_as_float(bits);",
+        "return (double)__uint_as_float(bits);",
+    ),
+    Mutation(
+        "narrow: denormals go through a float, which is flushed",
+        "smooth.cu",
+        "if (magnitude >= SMALLEST_NORMAL) return",
+        "return",
+    ),
+    Mutation(
         "smooth_axis: denormal sums lose their sign",
         "smooth.cu",
         "| (wide < 0 ? SIGN : 0u);",
@@ -328,29 +450,45 @@ def how_caught(mutation: Mutation) -> str | None:
     In a process of its own, which may crash or never end.
     """
     command = [sys.executable, "-m", "tests.cuda_on_cpu.mutations", mutation.name]
-    try:
-        done = subprocess.run(
-            command, cwd=_ROOT, capture_output=True, text=True, check=False, timeout=_MOST_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return f"no end within {_MOST_SECONDS} s"
+    with TemporaryDirectory() as folder:  # what a crash leaves behind goes with it
+        try:
+            done = subprocess.run(
+                command,
+                cwd=_ROOT,
+                env=os.environ | {"TMPDIR": folder},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_MOST_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return f"no end within {_MOST_SECONDS} s"
     if done.returncode < 0:
         return f"a crash by signal {-done.returncode}"
     assert done.returncode == 0, done.stderr
     return done.stdout.strip() or None
 
 
+def _questions(mutation):
+    """Yield names, and functions that raise where they notice the fault."""
+    by, with_fault = mutation.noticed_by, partial(mutated, mutation)
+    if by == PTX:
+        yield by, partial(assert_threads_see_what_others_write, with_fault(compile_as_cupy))
+    elif by in FAR:
+        yield by, partial(FAR[by], with_fault)
+    else:
+        engine = Threads() if by in CONTENDED else Fibers()
+        backend = kernels_on_cpu(with_fault(engine))
+        for name, case in [(by, CONTENDED[by])] if by in CONTENDED else battery():
+            yield name, partial(case.check, backend)
+
+
 def _try_out(mutation):
     """Return what the fault led to in this process."""
-    if mutation.contended is None:
-        engine, cases = Fibers(), battery()
-    else:
-        engine, cases = Threads(), [(mutation.contended, CONTENDED[mutation.contended])]
-    backend = kernels_on_cpu(mutated(mutation, engine))
-    for name, case in cases:
+    for name, ask in _questions(mutation):
         try:
-            case.check(backend)
-        except NotRunError:
+            ask()
+        except (NotRunError, CompileError):
             raise
         except Exception as error:  # wrong counts lead to any
             return f"{type(error).__name__} in {name}"

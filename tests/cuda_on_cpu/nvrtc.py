@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from gpuroi.backends._kernels import source
+
 
 class CompileError(AssertionError):
     """The compiler has refused the source, or has warned of something in it."""
@@ -35,6 +37,25 @@ def find_library():
     folders = spec.submodule_search_locations if spec else []
     paths = [path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
     return max(paths, key=lambda path: int(path.suffix[1:]), default=None)
+
+
+def compile_as_cupy(source, options, architecture="compute_90"):
+    """Return what CuPy has a device load: see `Nvrtc.compile`."""
+    return cuda_compiler().compile(source, [*options, "-ftz=true"], architecture)
+
+
+def body_of(kernel, ptx):
+    """Return the instructions of a kernel."""
+    (body,) = re.findall(rf"\.entry {kernel}\(.*?\n\}}", ptx.decode(), re.DOTALL)
+    return body
+
+
+def assert_threads_see_what_others_write(compiler):
+    """Assert that threads read trees from memory each time, and write them there."""
+    ptx = compiler(source(), ())
+    for kernel, needed in {"merge": {"ld"}, "flatten": {"ld", "st"}}.items():
+        found = re.findall(r"\b(ld|st)\.(?:volatile|relaxed)\b", body_of(kernel, ptx))
+        assert set(found) == needed, kernel
 
 
 class Nvrtc:

@@ -1,6 +1,6 @@
 // CUDA on CPU threads, one for each CUDA thread, so that ThreadSanitizer sees every race.
 #pragma once
-#include <barrier>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -20,9 +20,56 @@ namespace engine {
 
 constexpr int LIVE_BLOCKS = 3;
 
+// What is done while one of these lives puts nothing in order that the sanitizer sees.
+struct Unseen {
+    Unseen() {
+        AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
+        AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+        AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    }
+    ~Unseen() {
+        AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+        AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+        AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
+    }
+};
+
+// Not std::barrier: libstdc++ lets all threads of a program wait in one pool of counters, which puts
+// unrelated blocks in order, and hides their races.
+class Barrier {
+  public:
+    explicit Barrier(int n) : expected(n), missing(n) {}
+
+    void arrive_and_wait() {
+        int own = round;
+        arrive();
+        while (round == own) {
+            Unseen pool;
+            round.wait(own);
+        }
+    }
+
+    // As on a device, those that have ended are not waited for.
+    void arrive_and_drop() {
+        expected--;
+        arrive();
+    }
+
+  private:
+    std::atomic<int> expected, missing, round{0};
+
+    void arrive() {
+        if (--missing > 0) return;
+        missing = expected.load();
+        round++;
+        Unseen pool;
+        round.notify_all();
+    }
+};
+
 struct Block {
-    std::unique_ptr<std::barrier<>> barrier;
-    std::vector<std::unique_ptr<std::barrier<>>> warps;
+    std::unique_ptr<Barrier> barrier;
+    std::vector<std::unique_ptr<Barrier>> warps;
     std::vector<uint64_t> deposits;
 };
 
@@ -36,7 +83,6 @@ inline void run(int slot, int thread, unsigned block, const std::function<void()
     own_thread = thread;
     own_block = block;
     kernel();
-    // As on a device, those that have ended are not waited for.
     blocks[slot].barrier->arrive_and_drop();
     blocks[slot].warps[thread / 32]->arrive_and_drop();
 }
@@ -47,11 +93,11 @@ inline int launch(unsigned n_blocks, unsigned threads_a_block, unsigned, std::fu
         std::vector<std::thread> running;
         int n_live = std::min<unsigned>(LIVE_BLOCKS, n_blocks - first);
         for (int s = 0; s < n_live; s++) {
-            blocks[s].barrier = std::make_unique<std::barrier<>>(n_threads);
+            blocks[s].barrier = std::make_unique<Barrier>(n_threads);
             blocks[s].warps.clear();
             for (unsigned warp = 0; warp < (n_threads + 31) / 32; warp++) {
                 unsigned n = std::min(32u, n_threads - 32 * warp);
-                blocks[s].warps.push_back(std::make_unique<std::barrier<>>(n));
+                blocks[s].warps.push_back(std::make_unique<Barrier>(n));
             }
             blocks[s].deposits.assign(n_threads, 0);
         }
@@ -72,13 +118,8 @@ inline uint64_t* deposits() { return blocks[own_slot].deposits.data(); }
 inline void wait_for_block() { blocks[own_slot].barrier->arrive_and_wait(); }
 // Shuffles and votes order nothing but what they hand over: the sanitizer must not see this meeting.
 inline void wait_for_warp() {
-    AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
-    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    Unseen meeting;
     blocks[own_slot].warps[own_thread / 32]->arrive_and_wait();
-    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-    AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
 }
 
 }  // namespace engine
