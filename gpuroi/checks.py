@@ -4,6 +4,8 @@ import math
 import numbers
 from typing import Any
 
+_NUMPY_BOOLS = ("bool", "bool_")
+
 
 def shown(value: object) -> str:
     """Return what an error message shows of `value`: its repr, cut short."""
@@ -13,7 +15,9 @@ def shown(value: object) -> str:
 
 def check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> Any:
     """Return `value` if it is one of `accepted`; `name` is the parameter it was passed as."""
-    if not isinstance(value, str | numbers.Integral) or value not in accepted:
+    # NumPy's truth values, which are no Integral: without NumPy, which `--help` does not load.
+    is_scalar = isinstance(value, str | numbers.Integral) or type(value).__name__ in _NUMPY_BOOLS
+    if not is_scalar or value not in accepted:
         choices = ", ".join(repr(choice) for choice in accepted)
         raise ValueError(f"{name}={shown(value)} is not one of {choices}.")
     return accepted[accepted.index(value)]  # not NumPy's number that equals it

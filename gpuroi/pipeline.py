@@ -21,7 +21,7 @@ from gpuroi.algorithms.local_regions import Contest, find_seeds, warn_of_undecid
 from gpuroi.algorithms.measure import gather
 from gpuroi.algorithms.threshold import cutoff_above, cutoff_at, one_sided, percentile_scores
 from gpuroi.arrays import computable
-from gpuroi.backends import Backend, LabelledVoxels, Staging
+from gpuroi.backends import Backend, LabelledVoxels, Staging, _keys
 from gpuroi.backends._memory import in_pieces
 from gpuroi.errors import collected_warnings, warn
 from gpuroi.masks import load_mask
@@ -184,6 +184,7 @@ class Found:
     score: float | None
     n_ranked: int | None
     voxels: LabelledVoxels | Contest
+    keeps_all: bool  # that is not zero, because a percentile is
 
 
 @dataclass(frozen=True)
@@ -368,11 +369,12 @@ def _found(
         found = [
             *backend.component_voxels(maps, cutoffs, recipe.tail, recipe.connectivity, min_voxels)
         ]
-    values: list[float] = cutoffs.tolist()
-    return [
-        Found(cutoff, score, n, volume)
-        for cutoff, score, n, volume in zip(values, scores, n_ranked, found, strict=True)
-    ]
+    keep_all = np.zeros(len(maps), bool)
+    if 0 in scores and recipe.threshold.value > 0:
+        kept = _keys.reaches(xp, maps, cutoffs, recipe.tail).any(axis=(1, 2, 3))
+        keep_all = backend.to_host(kept) & np.array([score == 0 for score in scores])
+    each = zip(cutoffs.tolist(), scores, n_ranked, found, keep_all.tolist(), strict=True)
+    return [Found(*one) for one in each]
 
 
 def _contests(
@@ -415,10 +417,11 @@ def finish(
         warn_of_undecided(source.name, confidence)
         walks = {"random_walker": asdict(confidence)}
         packages += ["cvxopt"] * ("cholmod" in confidence.solvers)
-    if found.score == 0 and recipe.threshold.value > 0 and prepared.largest_magnitude > 0:
+    if found.keeps_all:
+        advice = "; population='nonzero' ranks only those others"
         warn(
             f"{source.name}: at least {recipe.threshold} of the voxels ranked are zero, so that "
-            "all others are kept; population='nonzero' ranks only those others."
+            f"all others are kept{advice if recipe.population == 'all' else ''}."
         )
     return Regions(
         voxels=gather(voxels, prepared.volume),

@@ -23,9 +23,9 @@ FloatArray: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 
 #: What can be read as a map: a path or a nibabel image.
 if TYPE_CHECKING:
-    from nibabel.spatialimages import SpatialImage
+    from nibabel.filebasedimages import FileBasedImage
 
-    ImageLike: TypeAlias = str | os.PathLike[str] | SpatialImage
+    ImageLike: TypeAlias = str | os.PathLike[str] | FileBasedImage  # the type of `nibabel.load`
 else:  # arrays do without nibabel
     ImageLike = str | os.PathLike | Any
 

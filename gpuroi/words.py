@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gpuroi.types import Provenance
 
-_REACH = {"both": "|value| ≥ ", "positive": "value ≥ ", "negative": "value ≤ -"}
+# By tail: what reaches a value, and what lies above a percentile.
+_REACH = {
+    "both": ("|value| ≥", "|value| >"),
+    "positive": ("value ≥", "value >"),
+    "negative": ("value ≤", "value <"),
+}
 
 
 def counted(n: int, noun: str) -> str:
@@ -27,10 +32,13 @@ def cutoff_of(provenance: "Provenance") -> float:
 
 def what_was_found(provenance: "Provenance") -> str:
     """Return how many regions of what size there are, and from which value on."""
-    asked = provenance["parameters"]
+    score, tail = provenance["percentile_score"], provenance["parameters"]["tail"]
+    is_above = score is not None
+    magnitude: float = score if is_above else cutoff_of(provenance)
+    value = 0.0 - magnitude if tail == "negative" else magnitude
     return (
         f"{counted(provenance['regions'], 'region')} of at least {smallest_region(provenance)} at "
-        f"{_REACH[asked['tail']]}{cutoff_of(provenance):.6g}"
+        f"{_REACH[tail][is_above]} {value:.6g}"
     )
 
 

@@ -49,7 +49,7 @@ SENTENCE = re.compile(r"1 map: 1 done, |[\d,]+ maps: [\d,]+ done, ")
 # What is said where nothing is found.
 LARGEST = "the largest magnitude is {}."
 NEEDS_ITS_SIGN = " A percentile needs its percent sign: 97%."
-TOO_SMALL = "no region of voxels at the cut-off fills {} mm³ (--min-region-size)."
+TOO_SMALL = "voxels at the cut-off fill no region of {} mm³ (--min-region-size)."
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +136,7 @@ class TestExtract:
     def test_the_sample_from_end_to_end(self):
         said = succeed("extract", "--sample", "-o", "out", report=True)
         prefix = "out/image_10426_desc-regions_dseg"
-        assert f"{prefix}.nii.gz: 6 regions of at least 1500 mm³ at |value| ≥ 2.59467 " in said
+        assert f"{prefix}.nii.gz: 6 regions of at least 1500 mm³ at |value| > 2.59467 " in said
         assert said.endswith("The report is out/report.html\n")
         assert written() == outputs("image_10426", others=["report.html"])
 
@@ -232,7 +232,7 @@ class TestExtract:
         write_map("mask.nii", np.arange(12.0**3).reshape(12, 12, 12))
         result = run("extract", write_map("m.nii"), write_map("n.nii"), "--mask", "mask.nii")
         assert result.exit_code == 2
-        assert result.stderr.startswith("error: mask_img mask.nii has 1727 values besides 0")
+        assert result.stderr.startswith("error: --mask mask.nii has 1727 values besides 0")
         assert not Path("regions-out").exists()
 
     def test_connectivity_joins_corners_when_asked(self):
@@ -310,7 +310,7 @@ class TestMasks:
         command = ("extract", "m.nii", *BOTH, "--mask", "mask.nii", "-o", "out")
         result = run(*command)
         assert result.exit_code == 1
-        assert "m.nii: mask_img mask.nii is on another grid than the map: " in result.stderr
+        assert "m.nii: --mask mask.nii is on another grid than the map: " in result.stderr
         assert "shape (6, 6, 6) against (12, 12, 12)" in result.stderr
         assert written() == outputs(others=["failures.tsv"])
         result = run(*command, "--resample-mask", "--retry-failed")
@@ -894,7 +894,7 @@ def test_a_volume_never_takes_the_place_of_another_map():
 
 def test_an_outcome_of_the_size_filter_is_named():
     result = run("extract", write_map("a.nii"), "--threshold", 3, "--min-region-size", 5000)
-    assert "no region of voxels at the cut-off fills 5000 mm³ (--min-region-size)" in result.stdout
+    assert "voxels at the cut-off fill no region of 5000 mm³ (--min-region-size)" in result.stdout
 
 
 class TestFailures:
@@ -1315,3 +1315,48 @@ class TestProgram:
         assert ("|value| ≥ 3" in done.stdout) == (encoding == "utf-8")
         assert re.match(r"failed: b.+d\.nii: no such file\.\n2 maps: 1 done, 1 failed", done.stderr)
         assert written() == outputs("m", others=["failures.tsv", "report.html"])
+
+
+@pytest.mark.parametrize(
+    ("options", "explanation"),
+    [
+        (
+            ("--tail", "negative"),
+            "voxels of this sign at the cut-off if there are any fill no regi",
+        ),
+        (
+            ("--mask", "mask.nii"),
+            "voxels in the mask at the cut-off if there are any fill no regio",
+        ),
+        (
+            ("--tail", "negative", "--min-region-size", "0"),
+            "no voxel of this sign reaches the cut-",
+        ),
+        (
+            ("--threshold", "99.9%", "--population", "nonzero"),
+            "the strongest voxels tie with the pe",
+        ),
+    ],
+)
+def test_why_nothing_is_found_is_true(options, explanation):
+    data = np.zeros((12, 12, 12), np.float32)
+    data[2:5, 2:5, 2:5], data[8, 8, 8] = 8.0, -2.0
+    write_map("mask.nii", (data < 0).astype(np.uint8))
+    write_map("m.nii", data)
+    asked = ("--threshold", "3", *options)
+    assert f"Nothing found; {explanation}" in run("extract", "m.nii", *asked).stdout
+
+
+def test_warnings_of_an_earlier_run_are_told_again_and_are_in_the_report():
+    command = ("extract", write_map("m.nii"), "--threshold", "50%", "-o", "out")
+    told = "m.nii: at least 50% of the voxels ranked are zero, so that all others are kept; --popu"
+    for _ in range(2):
+        assert f"warning: {told}" in run(*command, report=True).stderr
+    assert "of the voxels ranked are zero, so that all others are kept" in (
+        Path("out/report.html").read_text()
+    )
+
+
+def test_names_of_files_are_not_taken_for_options():
+    path = "threshold=3/method='abc'/gone.nii"
+    assert run("extract", path).stderr == f"error: {path}: there is no such file.\n"

@@ -689,7 +689,7 @@ class TestThresholdsOfMaps:
 
     def test_that_leave_nothing_are_warned_of(self):
         match = (
-            r"threshold=97: nothing is drawn, the largest magnitude is \S+ \(a percentile is text"
+            r"threshold=97: nothing is drawn, the largest magnitude is 6; a percentile is text"
         )
         with pytest.warns(UserWarning, match=match):
             plotting.plot_stat_map(head(), threshold=97)

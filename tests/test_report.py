@@ -22,7 +22,6 @@ from gpuroi.plotting._planes import Volume
 from gpuroi.report import MOST_EMBEDDED, Report, _report, _scene
 from gpuroi.report._charts import histogram_of_counts, histogram_of_volumes
 from gpuroi.report._html import MOST_ROWS, json_block
-from gpuroi.report._payload import labels_in
 from gpuroi.report._pictures import draw_cuts, hex_color, region_palette
 from tests.conftest import AFFINES, image
 
@@ -237,6 +236,12 @@ class TestPage:
 def names_in(part):
     """Return what is defined in a part of a page."""
     return set(re.findall(r"<dt>(.*?)</dt>", part))
+
+
+def labels_in(payload):
+    """Return the labels (X, Y, Z) that a payload holds, as the page reads them."""
+    raw = gzip.decompress(base64.b64decode(payload["labels"]))
+    return np.frombuffer(raw, f"<u{payload['bits'] // 8}").reshape(payload["shape"])
 
 
 class TestPayload:

@@ -46,11 +46,11 @@ def parse_threshold(threshold: float | str) -> Threshold:
             )
         value = float(number)
         if not threshold.strip().endswith("%"):
-            percent = 100 * value if 0 < value < 1 else value
-            if not 0 <= percent <= 100:
-                raise ValueError(f"threshold={threshold!r} is text; pass the number {number}.")
+            percent = f"{100 * value:.6g}" if 0 < value < 1 else number
+            if not 0 <= float(percent) <= 100:
+                raise ValueError(f"threshold={threshold!r} is text; {accepted}.")
             raise ValueError(
-                f"threshold={threshold!r} has no percent sign; pass '{percent:g}%' for a "
+                f"threshold={threshold!r} has no percent sign; pass '{percent}%' for a "
                 f"percentile or the number {number} for a value in map units."
             )
         if not 0 <= value <= 100:
@@ -114,13 +114,13 @@ def percentile_scores(
         maps, np.array(ranks), absolute=tail != "positive", population=members
     )
     scores[somebody] = [
-        _between(lower, upper, place)
+        between(lower, upper, place)
         for (lower, upper), place in zip(statistics.tolist(), places, strict=True)
     ]
     return scores, n_ranked
 
 
-def _between(lower: float, upper: float, place: float) -> float:
+def between(lower: float, upper: float, place: float) -> float:
     """Return the value at `place` among sorted ones, whose neighbours are `lower` and `upper`.
 
     The arithmetic of `scipy.stats.scoreatpercentile`, operation by operation, in float64.
@@ -167,7 +167,7 @@ def cutoff_at(value: float, n: int, dtype: np.dtype) -> FloatArray:
 def usable_cutoffs(values: NDArray[np.float64], dtype: np.dtype) -> FloatArray:
     """Return `values` rounded to `dtype`, at least its smallest number above zero.
 
-    So voxels at zero stay background. NaN, the percentile of nobody, gives infinity.
+    So voxels at zero stay background. NaN gives infinity.
     """
     with np.errstate(over="ignore"):
         rounded = values.astype(dtype)

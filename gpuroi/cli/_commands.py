@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from gpuroi.checks import check_choice
-from gpuroi.cli._screen import Results, console, say
+from gpuroi.cli._screen import Results, console, say, with_options
 from gpuroi.cli._watch import Watch, outcome
 
 if TYPE_CHECKING:
@@ -68,12 +68,6 @@ def _spread(args: list[str]) -> Iterator[str]:
             yield option
         yield arg
 
-
-# What the library calls an option in its messages.
-_PARAMETER = re.compile(
-    r"\b(threshold|tail|population|method|connectivity|min_region_size|smoothing_fwhm"
-    r"|seed_distance|backend|jobs|batch_size|limit|on_gpu_error)=(?:'([^']*)')?"
-)
 
 # Groups of options in the help.
 _WHICH, _HOW, _WHERE = "Which maps", "How", "Where it runs"
@@ -471,13 +465,8 @@ def _usage_errors(errors: "Console") -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
-        say(errors, "error", _with_options(str(error)), "bold red")
+        say(errors, "error", with_options(str(error)), "bold red")
         raise typer.Exit(2) from error
-
-
-def _with_options(message: str) -> str:
-    """Return the message of an error with options in the place of Python's parameters."""
-    return _PARAMETER.sub(lambda it: f"--{it[1].replace('_', '-')} {it[2] or ''}", message)
 
 
 @contextmanager
@@ -497,7 +486,7 @@ def _endings(watch: Watch, errors: "Console") -> Iterator[None]:
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         if watch.has_begun and not isinstance(error, RuntimeError | OSError):
             raise
-        message = _with_options(str(error))
+        message = with_options(str(error))
         if watch.has_begun and isinstance(error, OutputError):
             message += " What is done is kept; run again to go on."
         say(errors, "error", message, "bold red")

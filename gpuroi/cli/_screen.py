@@ -1,5 +1,6 @@
 """What the command line shows: words, tables, and the report of a run."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,6 +49,27 @@ def say(console: "Console", word: str, message: str, style: str) -> None:
     console.print(Text.assemble((f"{word}: ", style), message), soft_wrap=True)
 
 
+# What the library calls an option in its messages: where a message, or a part of it, begins, and
+# not in names of files.
+_PARAMETER = re.compile(
+    r"(?:^|(?<=; )|(?<=pass )|(?<=with )|(?<=for )|(?<=\())"
+    r"(threshold|tail|population|method|connectivity|min_region_size|smoothing_fwhm|seed_distance"
+    r"|backend|jobs|batch_size|limit|on_gpu_error|mask_img)"
+    r"(?:='([^']*)'(?!/)|=(?!\S*/)|(?:(?<=mask_img)|(?<=population)) )"
+)
+
+
+def with_options(message: str) -> str:
+    """Return a message of the library with options in the place of Python's parameters."""
+
+    def option(match: re.Match[str]) -> str:
+        name = match[1].removesuffix("_img").replace("_", "-")
+        return f"--{name} {match[2] or ''}"
+
+    message = message.replace("resample_mask=True (--resample-mask)", "--resample-mask")
+    return _PARAMETER.sub(option, message)
+
+
 class Results:
     """What a run has left on disk, whichever run wrote it: shown, and made into a report.
 
@@ -69,7 +91,7 @@ class Results:
 
         with self._kept_apart("tables cannot be shown"):
             if self._n_maps <= _MOST_TABLES:
-                for prefix, regions, _ in read_results(self._cohort):
+                for prefix, regions, *_ in read_results(self._cohort):
                     _show_line(self._screen, regions.provenance, labels_path(prefix))
                     if len(regions):
                         _show_table(self._screen, regions, labels_path(prefix))
@@ -140,9 +162,19 @@ def _show_table(screen: "Console", regions: "Regions", path: Path) -> None:
 def _why_nothing(provenance: "Provenance") -> str:
     """Return what a person may want to change where no region was found."""
     highest, cutoff = provenance["largest_magnitude"], cutoff_of(provenance)
+    asked = provenance["parameters"]
+    where = "" if asked["tail"] == "both" else " of this sign"
+    where += "" if asked["mask_img"] is None else " in the mask"
+    if highest > 0 and highest == provenance["percentile_score"]:
+        return "the strongest voxels tie with the percentile, and none is above it."
     if highest >= cutoff and provenance["min_voxels"] > 1:
-        smallest = smallest_region(provenance)
-        return f"no region of voxels at the cut-off fills {smallest} (--min-region-size)."
+        doubt = " if there are any" if where else ""
+        return (
+            f"voxels{where} at the cut-off{doubt} fill no region of {smallest_region(provenance)} "
+            "(--min-region-size)."
+        )
+    if highest >= cutoff:
+        return f"no voxel{where} reaches the cut-off."
     if highest == 0:
         return "all voxels are zero, NaN or infinite."
     said = f"the largest magnitude is {highest:.6g}."

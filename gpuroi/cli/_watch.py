@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpuroi.cli._screen import say
+from gpuroi.cli._screen import say, with_options
 from gpuroi.words import counted
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ class Watch:
         self._bar: Any = None
         self._looking: Any = None
         self._since = self._next = 0.0
-        self._n_before = self._n_failed_before = self._n_total = 0
+        self._n_before = self._n_total = 0
         self._n_failures = 0
+        self._told: set[str] = set()
         self.n_warnings = 0
         self.has_begun = False
         self._warnings: Any = warnings.catch_warnings(action="always", category=UserWarning)
@@ -83,26 +84,29 @@ class Watch:
         """Say what was wrong with a map, if anything, and if not too much has been said."""
         for warning in record.warnings:
             self.n_warnings += 1
-            self._say("warning", _named(warning, record), "yellow", self.n_warnings)
+            self._say("warning", _named(with_options(warning), record), "yellow", self.n_warnings)
         if record.status == "failed":
             self._n_failures += 1
-            self._say("failed", _named(_reason(record), record), "bold red", self._n_failures)
+            reason = _named(with_options(_reason(record)), record)
+            self._say("failed", reason, "bold red", self._n_failures)
+        if record.warnings or record.status == "failed":
+            self._told.add(record.source)
 
     def _warned(self, message: Warning | str, *_: object, **__: object) -> None:
         """Say what Python warns of in this very process."""
         self.n_warnings += 1
-        self._say("warning", str(message), "yellow", self.n_warnings)
+        self._say("warning", with_options(str(message)), "yellow", self.n_warnings)
 
     def tell_of_before(self, cohort: "CohortReport") -> None:
-        """Say what was wrong with the maps that failed in an earlier run, and were left alone."""
-        for record in cohort.failures[: self._n_failed_before]:
-            self.tell(record)
+        """Say what was wrong with maps that ended in an earlier run, and were left alone."""
+        for record in cohort.records:
+            if record.source not in self._told:
+                self.tell(record)
 
     def _begin(self, progress: "Progress") -> None:
         if self._looking is not None:
             self._looking.stop()
         self.has_begun = True
-        self._n_failed_before = progress.n_failed
         self._n_before = progress.n_skipped + progress.n_failed
         self._n_total = self._n_before + progress.n_to_do
         self._since = time.monotonic()

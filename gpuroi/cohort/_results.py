@@ -10,7 +10,7 @@ from gpuroi import io
 from gpuroi.cohort._ledger import unchanged
 from gpuroi.cohort._outputs import output_names
 from gpuroi.cohort._run import CohortReport
-from gpuroi.cohort._summary import remove_page
+from gpuroi.cohort._summary import remove_page_data
 from gpuroi.result import Regions
 from gpuroi.saved import read_back
 
@@ -23,11 +23,14 @@ def done_maps(cohort: CohortReport) -> Iterator[tuple[str, list[Path]]]:
             yield one.source, [cohort.folder / name for name in names]
 
 
-def read_results(cohort: CohortReport) -> Iterator[tuple[Path, Regions, NDArray[Any]]]:
-    """Yield, for each volume, what its outputs begin with, its regions, and its voxels."""
+def read_results(cohort: CohortReport) -> Iterator[tuple[Path, Regions, NDArray[Any], list[str]]]:
+    """Yield, for each volume, what its outputs begin with, its regions, voxels and warnings."""
+    warnings = {record.source: record.warnings for record in cohort.records}
     for path, prefixes in done_maps(cohort):
         for prefix, volume in zip(prefixes, io.read_maps(path), strict=True):
-            yield prefix, read_back(prefix, volume), volume.data
+            named = (warning.partition(": ") for warning in warnings[path])
+            said = [what for name, _, what in named if Path(name).name == Path(volume.name).name]
+            yield prefix, read_back(prefix, volume), volume.data, said
 
 
 def labels_path(prefix: Path) -> Path:
@@ -73,12 +76,12 @@ def write_report(cohort: CohortReport) -> Path:
     from gpuroi.report import Report  # with matplotlib, which processes of a run do without
 
     with unchanged(cohort.folder, cohort.records):
-        remove_page(cohort.folder)
+        remove_page_data(cohort.folder)
         report = Report(cohort.folder, cohort.parameters)
         for one, record in zip(cohort.maps, cohort.records, strict=True):
             if record.status == "failed":
                 report.fail(one.path, record.message)
-        for prefix, regions, values in read_results(cohort):
-            report.add(regions, labels_path(prefix), values)
+        for prefix, regions, values, warnings in read_results(cohort):
+            report.add(regions, labels_path(prefix), values, warnings)
         overlap = cohort.summary.get("overlap")
         return report.write(None if overlap is None else overlap.name)

@@ -36,12 +36,12 @@ def remove_summary(folder: Path) -> None:
     """Remove the summaries of an earlier run: they are not of what will be there."""
     for name in (_TABLE, _OVERLAP, _FAILURES):
         (folder / name).unlink(missing_ok=True)
-    remove_page(folder)
-
-
-def remove_page(folder: Path) -> None:
-    """Remove the report of an earlier run, and what lies beside it."""
     (folder / PAGE).unlink(missing_ok=True)
+    remove_page_data(folder)
+
+
+def remove_page_data(folder: Path) -> None:
+    """Remove what lies beside the report of an earlier run."""
     beside = folder / PAGE_FOLDER
     if beside.is_dir():
         for path in list(beside.iterdir()):

@@ -1,5 +1,7 @@
 """The figures."""
 
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from gpuroi import io
-from gpuroi.algorithms.threshold import cutoff_above, parse_threshold, percentile_scores
-from gpuroi.arrays import computable
-from gpuroi.backends.cpu import CpuBackend
+from gpuroi.algorithms.threshold import between, cutoff_above, parse_threshold
 from gpuroi.checks import at_least_zero, check_choice
 from gpuroi.errors import DimensionError, warn
 from gpuroi.niimg import load_images
@@ -126,6 +126,8 @@ def plot_stat_map(
     if threshold is not None:
         magnitudes = _magnitudes(values)
         level = _level(threshold, magnitudes, values.size, auto=80)
+        if level == 0 and isinstance(threshold, numbers.Real):  # 0 hides zeros, as in nilearn
+            level = magnitudes.min(initial=np.inf) / 2
         _warn_of_emptiness(threshold, level, magnitudes.max(initial=0))
     colors = ValueColors.of(
         float(values.min(initial=0)),
@@ -392,10 +394,12 @@ def _level(threshold: float | str, magnitudes: NDArray[Any], n_voxels: int, auto
         return float(np.partition(magnitudes, rank)[rank]) if rank >= 0 else 0.0
     parsed = parse_threshold(threshold)
     if parsed.is_percentile:
-        everything = np.concatenate([np.zeros(n_zeros, magnitudes.dtype), magnitudes])
-        volumes = computable(everything.reshape(1, 1, 1, -1))
-        scores, _ = percentile_scores(CpuBackend(), volumes, parsed.value, "both")
-        return float(cutoff_above(scores, volumes.dtype)[0])
+        place = parsed.value / 100 * (n_voxels - 1)
+        ranks = np.array([int(place), math.ceil(place)]) - n_zeros
+        ranked = np.partition(magnitudes, ranks[ranks >= 0])
+        lower, upper = (float(ranked[rank]) if rank >= 0 else 0.0 for rank in ranks)
+        score = np.array([between(lower, upper, place)])
+        return float(cutoff_above(score, magnitudes.dtype)[0])
     if parsed.value < 0:
         raise ValueError(f"threshold={threshold!r} is below zero; a threshold is a magnitude.")
     return parsed.value
@@ -405,8 +409,8 @@ def _warn_of_emptiness(threshold: Any, lowest: float, highest: float) -> None:
     """Warn if there is something, and no magnitude up to `highest` reaches the `lowest` level."""
     if 0 < highest < lowest:
         warn(
-            f"threshold={threshold}: nothing is drawn, the largest magnitude is {highest:g} "
-            "(a percentile is text, such as '97%')."
+            f"threshold={threshold}: nothing is drawn, the largest magnitude is {highest:g}"
+            f"{'' if '%' in str(threshold) else '; a percentile is text, such as 97%'}."
         )
 
 
@@ -457,8 +461,9 @@ class _Atlas:
         for one, magnitudes in zip(each, self.magnitudes, strict=True):
             n_voxels = self.total.data.size
             level = 0.0 if one is None else _level(one, magnitudes, n_voxels, auto)
-            if level <= 0:
-                level = float(magnitudes.min()) / 2 if magnitudes.size else 1.0
+            smallest = float(magnitudes.min(initial=np.inf))
+            if level < smallest:  # the line runs halfway to it
+                level = smallest / 2 if magnitudes.size else 1.0
             levels.append(level)
         highest = max((one.max(initial=0) for one in self.magnitudes), default=0)
         _warn_of_emptiness(threshold, min(levels, default=0), highest)

@@ -73,6 +73,11 @@ def map_section(line: MapLine, facts: str, content: str, first: int | None, *, a
     )
 
 
+def notes(texts: Iterable[str]) -> str:
+    """Return a paragraph for each text."""
+    return "".join(f'<p class="note">{escape(text)}</p>' for text in texts)
+
+
 def picture_figure(png: bytes | None, alt: str, caption: str) -> str:
     """Return a picture that is in the page, or the place of one that comes later."""
     source = "" if png is None else f' src="{data_uri(png)}"'
@@ -205,7 +210,7 @@ def overlap_figure(png: bytes, colors: Sequence[str], n_maps: int, overlap_file:
     if overlap_file is not None:
         note = (
             f'<p class="note"><a href="{escape(quote(overlap_file))}">{escape(overlap_file)}</a> '
-            "has the counts, of all shards where there are any.</p>"
+            "has the counts.</p>"
         )
     return (
         picture_figure(png, "Overlap of the maps in cuts along z", caption)

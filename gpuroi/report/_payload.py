@@ -1,11 +1,7 @@
-"""What the page's JavaScript is told of a map: small volumes, compressed, in text.
-
-`labels_in` reads it back, as the page does.
-"""
+"""What the page's JavaScript is told of a map: small volumes, compressed, in text."""
 
 import base64
 import gzip
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -57,12 +53,6 @@ def backdrop_payload(backdrop: Backdrop | None) -> dict[str, Any] | None:
 def pack(volume: NDArray[Any]) -> str:
     """Return the bytes of `volume` in C order, gzip'ed, as base64; the same text every time."""
     return base64.b64encode(gzip.compress(volume.tobytes(), 6, mtime=0)).decode()
-
-
-def labels_in(payload: Mapping[str, Any]) -> NDArray[Any]:
-    """Return the labels ``(X, Y, Z)`` that a `map_payload` holds."""
-    raw = gzip.decompress(base64.b64decode(payload["labels"]))
-    return np.frombuffer(raw, f"<u{payload['bits'] // 8}").reshape(payload["shape"])
 
 
 def _label_dtype(n_labels: int) -> np.dtype[np.unsignedinteger]:

@@ -1,7 +1,7 @@
 """What the report is told, map by map, and what it writes."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,6 +62,7 @@ class _MapRecord:
 
     line: html.MapLine
     facts: str
+    warnings: Sequence[str]
     table: str
     details: str
     views: _Views | None
@@ -103,7 +104,13 @@ class Report:
         """Return the number of maps that did not fail."""
         return len(self._maps)
 
-    def add(self, regions: Regions, path: str | Path, values: NDArray[Any] | None = None) -> None:
+    def add(
+        self,
+        regions: Regions,
+        path: str | Path,
+        values: NDArray[Any] | None = None,
+        warnings: Sequence[str] = (),
+    ) -> None:
         """Take in the regions of a map.
 
         From the map after `MOST_EMBEDDED` on, slices are written to ``report_data`` at once.
@@ -115,6 +122,8 @@ class Report:
             Of its label image, in `folder` or below it.
         values : array (X, Y, Z), optional
             The map, for the outline of the head where there is no template.
+        warnings : sequence of str
+            What there is to say of the map.
 
         Raises
         ------
@@ -141,6 +150,7 @@ class Report:
             _MapRecord(
                 line,
                 _facts(regions),
+                warnings,
                 html.region_table(table) if volumes else "",
                 html.definitions("This map", own),
                 _views(regions, int(np.argmax(volumes)) + 1, values) if volumes else None,
@@ -269,9 +279,9 @@ def _views(regions: Regions, first: int, values: NDArray[Any] | None) -> _Views:
 
 
 def _section(record: _MapRecord, *, away: bool) -> str:
-    views = record.views
+    views, notes = record.views, html.notes(record.warnings)
     if views is None:
-        content = f'<p class="note">No regions were found.</p>{record.details}'
+        content = f"{notes}{html.notes(['No regions were found.'])}{record.details}"
         return html.map_section(record.line, record.facts, content, None, away=False)
     figure = html.picture_figure(
         None if away else views.picture,
@@ -279,7 +289,8 @@ def _section(record: _MapRecord, *, away: bool) -> str:
         "Cuts along z, in mm; left is left. Numbers are those of the table"
         f"{_without(views.not_numbered)}.",
     )
-    content = figure + html.viewer(views.sides, away=away) + record.table + record.details
+    viewer = html.viewer(views.sides, away=away)
+    content = notes + figure + viewer + record.table + record.details
     return html.map_section(record.line, record.facts, content, views.first, away=away)
 
 
