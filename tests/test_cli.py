@@ -661,7 +661,9 @@ class TestWhichMaps:
         result = run("extract", ".", "--task", "motor", "rest")
         assert result.exit_code == 2
         said = " ".join(plain(result.stderr).replace("│", " ").split())
-        assert "rest behind --task may be a label or an input: name inputs before options" in said
+        assert (
+            "rest behind --task may be a label or an input: write task-rest for the label" in said
+        )
 
     def test_labels_that_no_map_has_are_told(self, dataset):
         result = run("extract", dataset, "--participant-label", "01", "9", "--task", "rest")

@@ -137,6 +137,7 @@ class TestFilesOfOthers:
     ):
         paths = save_maps(tmp_path / "m", ["b_vol-0001.nii.gz", "b.nii.gz"], blobs)
         run(paths[0], tmp_path / "out")
+        paths[0].unlink()
 
         def killed(engine, task, jobs, unit_size):
             for job in jobs:

@@ -688,9 +688,7 @@ class TestThresholdsOfMaps:
             plotting.plot_stat_map(tied, threshold="99%")
 
     def test_that_leave_nothing_are_warned_of(self):
-        match = (
-            r"threshold=97: nothing is drawn, the largest magnitude is 6; a percentile is text"
-        )
+        match = r"threshold=97: nothing is drawn, the largest magnitude is 6; a percentile is text"
         with pytest.warns(UserWarning, match=match):
             plotting.plot_stat_map(head(), threshold=97)
         with pytest.warns(UserWarning, match="nothing is drawn"):

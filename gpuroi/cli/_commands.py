@@ -61,8 +61,8 @@ def _spread(args: list[str]) -> Iterator[str]:
             option = ""
         elif not arg.startswith(prefix) and Path(arg).exists():
             raise typer.BadParameter(
-                f"{arg} behind {option} may be a label or an input: name inputs before options, "
-                f"or this one as ./{arg}."
+                f"{arg} behind {option} may be a label or an input: write {prefix}{arg} for the "
+                f"label, ./{arg} for the input."
             )
         else:
             yield option

@@ -1,5 +1,6 @@
 """What the command line shows: words, tables, and the report of a run."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,8 +37,9 @@ def console(*, stderr: bool = False) -> "Console":
 
     class Patient(Console):
         def on_broken_pipe(self) -> None:
-            with suppress(SystemExit):
-                super().on_broken_pipe()
+            self.quiet = True
+            with suppress(OSError):  # not a file, as in tests
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
     return Patient(stderr=stderr, markup=False, emoji=False, highlight=False)
 

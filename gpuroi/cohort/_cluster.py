@@ -26,8 +26,11 @@ class Cluster(Engine):
     """Runs tasks on the workers of a `distributed.Client`; a unit is a task of Dask.
 
     A task of Dask costs about as much as a small map: units should hold several. Dask gives a unit
-    to other workers when one dies, until it suspects the unit itself.
+    to other workers when one dies, until it suspects the unit itself, and all that waited there
+    with it.
     """
+
+    knows_who_killed = False
 
     def __init__(self, client: Any, make_tools: Callable[..., Any], arguments: tuple[Any, ...]):
         self._client = client

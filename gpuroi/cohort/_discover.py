@@ -7,18 +7,15 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from gpuroi.cohort._ledger import LEDGER_FOLDER
-from gpuroi.cohort._outputs import stems_of_output
+from gpuroi.cohort._outputs import series_of, stems_of_output
 from gpuroi.errors import MissingExtraError, warn
 from gpuroi.result import ENDING
 
 _EXTENSION = re.compile(r"(\.(nii|img|hdr)(\.gz|\.bz2)?|\.mg[hz])$", re.IGNORECASE)
-_VOLUME = re.compile(r"_vol-\d{4,}$")
 _IN_FOLDERS = (".nii", ".nii.gz")
 _NAMES_IGNORE_CASE = sys.platform in ("win32", "darwin")
 
@@ -26,9 +23,9 @@ _NAMES_IGNORE_CASE = sys.platform in ("win32", "darwin")
 DESCRIPTION = "dataset_description.json"
 
 # Removed when a run begins, as they are not of what will be there.
-_ABOUT_ALL = ("overlap.nii.gz", "regions.tsv", "failures.tsv")
+TABLE, OVERLAP, FAILURES = "regions.tsv", "overlap.nii.gz", "failures.tsv"
 PAGE, PAGE_FOLDER = "report.html", "report_data"
-_SUMMARIES = (*_ABOUT_ALL, DESCRIPTION, PAGE)
+SUMMARIES = (TABLE, OVERLAP, FAILURES, DESCRIPTION, PAGE)
 
 #: Suffixes of BIDS derivatives that are statistical maps.
 MAP_SUFFIXES = ("statmap", "tmap", "zmap", "effect", "stat")
@@ -276,38 +273,10 @@ def _refuse(error: OSError) -> None:
     ) from error
 
 
-def refuse_to_replace(folder: Path, maps: list[MapFile], masks: Iterable[str] = ()) -> None:
-    """Raise `ValueError` if an output would take the place of a map, a mask, or a file of others.
-
-    Files are told by where they really are, whatever links lead there.
-    """
-    real = cache(os.path.realpath)  # of folders, which hold many maps each
-    written: dict[str, set[str]] = {}
-    for one in maps:
-        below, _, name = one.stem.rpartition("/")
-        written.setdefault(real(os.path.join(folder, below)), set()).add(name)
-    for path in chain((one.source for one in maps), masks):
-        parent, name = os.path.split(path)
-        place = os.path.join(real(parent), name)
-        if os.path.islink(place):
-            place = os.path.realpath(place)
-        parent, name = os.path.split(place)
-        is_summary = name in _SUMMARIES and parent == real(str(folder))
-        if is_summary or not written.get(parent, set()).isdisjoint(stems_of_output(name)):
-            raise ValueError(f"{path} would be replaced by an output; write to another folder.")
-    if not (folder / LEDGER_FOLDER).is_dir():
-        for name in (*_ABOUT_ALL, PAGE, PAGE_FOLDER):
-            if os.path.lexists(folder / name):
-                raise ValueError(
-                    f"{folder / name} is there already, and not of gpuroi, which has no "
-                    f"{LEDGER_FOLDER} there; move it away, or write to another folder."
-                )
-
-
 def _is_output(folder: str, name: str) -> bool:
     """Return whether a file is an output of gpuroi."""
     return bool(stems_of_output(name)) or (
-        name in _SUMMARIES and os.path.isdir(os.path.join(folder, LEDGER_FOLDER))
+        name in SUMMARIES and os.path.isdir(os.path.join(folder, LEDGER_FOLDER))
     )
 
 
@@ -420,7 +389,7 @@ def _refuse_collisions(maps: list[MapFile]) -> None:
             )
         by_stem[stem] = one.path
     for stem, path in by_stem.items():
-        series = _VOLUME.sub("", stem)
+        series = series_of(stem)
         if series != stem and series in by_stem:
             raise ValueError(
                 f"a volume of {by_stem[series]} could be written as "

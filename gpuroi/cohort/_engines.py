@@ -18,7 +18,15 @@ Task = Callable[[Any, tuple[Job, ...]], Sequence[Outcome]]
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):
-    """Runs tasks, one after the other, until it is left."""
+    """Runs tasks, one after the other, until it is left.
+
+    Attributes
+    ----------
+    knows_who_killed : bool
+        Whether a process that died was working on just the unit that is yielded with its death.
+    """
+
+    knows_who_killed: bool
 
     def run(
         self, task: Task[Job, Outcome], units: Iterable[tuple[Job, ...]]
@@ -31,6 +39,8 @@ class Engine(AbstractContextManager["Engine"], Protocol):
 
 class ThisProcess(Engine):
     """Runs tasks here: what a single map is not worth a process for."""
+
+    knows_who_killed = True
 
     def __init__(self, tools: Any) -> None:
         self._tools = tools
@@ -51,18 +61,20 @@ def each_outcome(
 ) -> Iterator[tuple[Job, Outcome | WorkerDiedError]]:
     """Yield each of `jobs` with what became of it.
 
-    The jobs of a unit whose process died are done again, one by one: only those that kill are lost.
+    The jobs of a unit whose process died are done again, one after the other and with no others
+    beside them: only those that kill are lost.
     """
     suspects: list[Job] = []
     for unit, outcomes in engine.run(task, in_units(jobs, unit_size)):
         if not isinstance(outcomes, WorkerDiedError):
             yield from zip(unit, outcomes, strict=True)
-        elif len(unit) == 1:
+        elif len(unit) == 1 and engine.knows_who_killed:
             yield unit[0], outcomes
         else:
             suspects += unit
-    if suspects:
-        yield from each_outcome(engine, task, suspects, 1)
+    for job in suspects:
+        for (alone,), outcomes in engine.run(task, [(job,)]):
+            yield alone, outcomes if isinstance(outcomes, WorkerDiedError) else outcomes[0]
 
 
 def in_units(jobs: Iterable[Job], size: int) -> Iterator[tuple[Job, ...]]:

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -97,17 +97,35 @@ class Ledger:
     ----------
     records : dict
         The newest record of each source, this run's included.
+    done : dict
+        The newest record of each source with which it was done.
     owners : dict
-        The newest record of each stem that is done: whose outputs are there.
+        The newest record of each stem that is done: whose outputs are there, unless they have been
+        removed since.
     run : tuple (Path, str)
         A file, and what is in it until the next run begins.
     unended : dict
         Stems of maps that an earlier run began, and was killed before their records were written;
         and when it began them, in ns.
+    leftovers : set of str
+        Those of them that are this run's to clean up: not of other shards.
+
+    Parameters
+    ----------
+    folder : Path
+    shard : tuple (i, n) or None
+    refuse : callable, optional
+        Called with the ledger when it has been read, and nothing else has been done.
     """
 
-    def __init__(self, folder: Path, shard: tuple[int, int] | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shard: tuple[int, int] | None,
+        refuse: Callable[["Ledger"], None] = lambda ledger: None,
+    ) -> None:
         self.folder = folder
+        self._refuse = refuse
         self._n_shards = None if shard is None else shard[1]
         name = "ledger" if shard is None else f"ledger-{shard[0]}of{shard[1]}"
         (folder / LEDGER_FOLDER).mkdir(parents=True, exist_ok=True)
@@ -119,8 +137,10 @@ class Ledger:
         self._begun: IO[bytes] | None = None
         self._latest_ns = 0
         self.records: dict[str, Record] = {}
+        self.done: dict[str, Record] = {}
         self.owners: dict[str, Record] = {}
         self.unended: dict[str, int] = {}
+        self.leftovers: set[str] = set()
 
     def __enter__(self) -> "Ledger":
         with _alone(self._path, self._kin()):
@@ -134,6 +154,8 @@ class Ledger:
         return self
 
     def _open(self) -> None:
+        self.read()
+        self._refuse(self)
         with self._summing_up():  # the outputs of this shard are not to change meanwhile
             _ended(self._path).unlink(missing_ok=True)
         kin = {path.with_suffix(".run") for path in self._kin()}
@@ -148,7 +170,6 @@ class Ledger:
                 written.seek(-1, os.SEEK_END)
                 if written.read() != b"\n":  # a run was killed in the middle of a line
                     self._stream.write(b"\n")
-        self.read()
         self._find_unended()
 
     def __exit__(self, *_: object) -> None:
@@ -188,16 +209,23 @@ class Ledger:
         for record in self.records.values():
             ended_ns[record.stem] = max(record.written_ns, ended_ns.get(record.stem, 0))
         path = self._path.with_suffix(".begun")
-        kept = []
         for file in self._path.parent.glob("ledger*.begun"):
-            for line in file.read_bytes().splitlines(keepends=True):
+            for line in file.read_bytes().splitlines():
                 with contextlib.suppress(ValueError):  # torn, before anything was begun
                     stem, begun_ns, place_ns = json.loads(line)
                     if place_ns > ended_ns.get(stem, 0):
                         self.unended[stem] = begun_ns
-                        kept += [line] if file == path else []
-        path.write_bytes(b"".join(kept))
+                        if file == path or self._n_shards is None:
+                            self.leftovers.add(stem)
         self._begun = path.open("ab", buffering=0)
+
+    def settle(self) -> None:
+        """Forget the `leftovers`, which have been removed."""
+        path = self._path.with_suffix(".begun")
+        for file in self._path.parent.glob("ledger*.begun"):
+            if file == path or self._n_shards is None:
+                file.write_bytes(b"")
+        self.leftovers.clear()
 
     def give_up_reserve(self) -> None:
         """Make the last room there is."""
@@ -221,8 +249,22 @@ class Ledger:
         self._latest_ns = max(self._latest_ns, record.written_ns)
         if _is_newer(record, self.records.get(record.source)):
             self.records[record.source] = record
-        if record.status == "done" and _is_newer(record, self.owners.get(record.stem)):
-            self.owners[record.stem] = record
+        if record.status == "done":
+            for key, newest in ((record.source, self.done), (record.stem, self.owners)):
+                if _is_newer(record, newest.get(key)):
+                    newest[key] = record
+
+    def sources(self) -> set[str]:
+        """Return the maps whose outputs are there, as far as is known here."""
+        return {
+            owner.source
+            for owner in self.owners.values()
+            if self.records[owner.source].is_missing
+            or (
+                self.records[owner.source].stem == owner.stem
+                and self.records[owner.source].status == "done"
+            )
+        }
 
     @contextlib.contextmanager
     def last_of_shards(self, work: str) -> Iterator[bool]:

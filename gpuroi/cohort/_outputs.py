@@ -14,6 +14,7 @@ _EXTENSIONS = tuple(EXTENSIONS.values())
 _ANY_EXTENSION = "|".join(map(re.escape, _EXTENSIONS))
 _BREAKS = re.compile(r"\s*[\t\r\n]\s*")
 _WITHOUT_EXTENSION = re.compile(rf"({_ANY_EXTENSION})$")
+_VOLUME = re.compile(r"_vol-\d{4,}$")
 _NAME = re.compile(rf"(?P<stem>.+?)(_vol-\d{{4,}})?{ENDING}({_ANY_EXTENSION})", re.DOTALL)
 
 # The clock that files are stamped with ticks slowly, and may be another machine's.
@@ -25,6 +26,11 @@ def output_names(stem: str, n_volumes: int) -> Iterator[str]:
     for number in range(n_volumes):
         volume = f"_vol-{number:04d}" if n_volumes > 1 else ""
         yield f"{stem}{volume}{ENDING}"
+
+
+def series_of(stem: str) -> str:
+    """Return the stem of the series of which `stem` may be a volume; that of others as it is."""
+    return _VOLUME.sub("", stem)
 
 
 def stems_of_output(name: str) -> tuple[str, ...]:

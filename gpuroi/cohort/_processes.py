@@ -6,6 +6,7 @@ was working on, and nothing else.
 """
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -61,6 +62,8 @@ class Processes(Engine):
     connect : callable, optional
         Called before each start of a process.
     """
+
+    knows_who_killed = True
 
     def __init__(
         self,
@@ -196,11 +199,14 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
         sys.modules["__main__"] = ModuleType("__main__")
         try:
             process.start()
-        except (OSError, EOFError) as error:  # a full disk, too long a path for a socket
-            raise WorkerDiedError(
-                f"no process can be started ({error}); the folder for temporary files, "
-                f"{tempfile.gettempdir()} (TMPDIR), needs room and a short path."
-            ) from error
+        except (OSError, EOFError) as error:
+            advice = (
+                f"the folder for temporary files, {tempfile.gettempdir()} (TMPDIR), needs room and "
+                "a short path"
+            )
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.EAGAIN):
+                advice = "start fewer (jobs), or raise the limit (ulimit -n, ulimit -u)"
+            raise WorkerDiedError(f"no process can be started ({error}); {advice}.") from error
         finally:
             sys.modules["__main__"] = main_module
     return process

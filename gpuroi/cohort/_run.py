@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +19,18 @@ import numpy as np
 from gpuroi.backends import Backend, environments, get_backend, names
 from gpuroi.checks import at_least_one, check_choice
 from gpuroi.cohort._cluster import Cluster
+from gpuroi.cohort._conflicts import refuse_to_forget, refuse_to_replace
 from gpuroi.cohort._consumer import Consumer
 from gpuroi.cohort._discover import (
     MapFile,
     find_maps,
     part_of,
     refuse_if_all_are_missing,
-    refuse_to_replace,
 )
 from gpuroi.cohort._engines import Engine, ThisProcess, each_outcome
 from gpuroi.cohort._ledger import Ledger, Record, disk_errors
 from gpuroi.cohort._outputs import (
+    is_whole,
     map_name,
     output_names,
     remove_outputs,
@@ -231,7 +233,8 @@ def extract_cohort(
     refuse_to_replace(folder, everything, chosen.mask_files())
     if client is None or backend not in ("auto", *names()):  # what the workers have, they tell
         backend = get_backend(backend).name
-    with disk_errors(folder), Ledger(folder, shard) as ledger:
+    refuse = partial(refuse_to_forget, folder, maps, {one.source for one in everything})
+    with disk_errors(folder), Ledger(folder, shard, refuse) as ledger:
         job = Job(
             folder,
             chosen,
@@ -242,7 +245,6 @@ def extract_cohort(
             ledger.run,
         )
         run = _Run(job, ledger, everything, on_progress or (lambda progress: None))
-        run.refuse_to_forget(everything)
         try:
             with ExitStack() as stack:
                 engine, unit_size = _engine(stack, job, maps, n_jobs, batch_size, client)
@@ -290,21 +292,6 @@ class _Run:
         self.n_skipped = 0
         self.failures: list[Record] = []
 
-    def refuse_to_forget(self, maps: list[MapFile]) -> None:
-        """Raise `ValueError` if outputs of another map that is still there would be replaced."""
-        sources = {one.source for one in maps}
-        for one in maps:
-            owner = self._ledger.owners.get(one.stem)
-            if owner is None or owner.source in sources or not Path(owner.source).exists():
-                continue
-            is_same = os.path.realpath(owner.source) == os.path.realpath(one.source)
-            if not is_same and written_names(self._job.folder, {one.stem}):
-                raise ValueError(
-                    f"{self._job.folder} has the regions of {owner.source}, which those of "
-                    f"{one.source} would replace: both are called {one.stem}. Name the maps in one "
-                    "command, or write to another folder."
-                )
-
     def to_do(self, engine: Engine, maps: list[MapFile], retry_failed: bool) -> list[MapFile]:
         """Return the maps to work on; count those that are done, and keep failures that stay."""
         todo = []
@@ -320,8 +307,8 @@ class _Run:
             else:
                 self.failures.append(record)
         records = [record for _, record in seem_done.values()]
-        for record, is_whole in each_outcome(engine, check, records, _CHECKS_A_UNIT):
-            if is_whole is True:
+        for record, as_written in each_outcome(engine, check, records, _CHECKS_A_UNIT):
+            if as_written is True:
                 self.n_skipped += 1
                 del seem_done[record.source]
                 if self._ledger.records[record.source] is not record:
@@ -333,16 +320,13 @@ class _Run:
 
     def _latest(self, one: MapFile) -> Record | None:
         """Return what became of a map the last time that it could be looked at."""
-        record, owner = self._ledger.records.get(one.source), self._ledger.owners.get(one.stem)
-        if record and record.is_missing and owner and self._is_of(owner, one):
-            return owner
-        return record
+        record, done = (of.get(one.source) for of in (self._ledger.records, self._ledger.done))
+        return done if record and record.is_missing and done and self._is_of(done, one) else record
 
     def _is_of(self, record: Record, one: MapFile) -> bool:
         """Return whether `record` is of this map as it is now, and of these parameters."""
         return (
-            record.source == one.source
-            and (record.size, record.mtime_ns) == identify(one.path)
+            (record.size, record.mtime_ns) == identify(one.path)
             and record.parameters == self._job.parameters
             and record.stem == one.stem
         )
@@ -355,7 +339,8 @@ class _Run:
     def work_on(self, engine: Engine, todo: list[MapFile], unit_size: int) -> None:
         """Extract the maps, and write down what becomes of each as it ends."""
         self._tell(len(todo), None)
-        self._remove_leftovers({one.stem for one in todo})
+        self._remove_leftovers({one.stem for one in todo} | self._ledger.leftovers)
+        self._ledger.settle()
         if todo:
             remove_summary(self._job.folder)
         outcome: Any
@@ -398,15 +383,17 @@ class _Run:
         """Return the names of outputs that an earlier run has written, and `now` replaces.
 
         Of this map, and of another one of the same stem; but not what belongs to others, who may
-        have been given the stem that this map had. A map that is only missing loses nothing.
+        have been given the stem that this map had. A map that is only missing replaces nothing
+        that is whole, and of these parameters.
         """
-        before = self._ledger.records.get(now.source)
+        before = self._ledger.done.get(now.source)
         stems = {now.stem} | ({before.stem} if before and before.stem not in self._stems else set())
         superseded: set[str] = set()
         for owner in filter(None, map(self._ledger.owners.get, stems)):
-            if owner.source != now.source and (now.status == "failed" or owner.stem != now.stem):
+            if owner.stem != now.stem and owner.source != now.source:
                 continue
-            if now.is_missing and owner.stem == now.stem and owner.parameters == now.parameters:
+            of_these = owner.parameters == now.parameters
+            if now.is_missing and of_these and is_whole(self._job.folder, owner):
                 continue
             superseded |= {
                 name
@@ -420,9 +407,7 @@ class _Run:
         records = self.records_of(cohort)
         if len(records) < len(cohort):  # a shard has ended before, with other parameters
             return {}
-        all_records = self._ledger.records.values()
-        sources = {one.source for one in all_records if one.status == "done"}
-        sources |= {one.source for one in cohort}
+        sources = self._ledger.sources() | {one.source for one in cohort}
         return write_summary(self._job.folder, engine, records, sources)
 
     def _tell(self, n_to_do: int, latest: Record | None) -> None:

@@ -13,15 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from gpuroi import io
-from gpuroi.cohort._discover import DESCRIPTION, PAGE, PAGE_FOLDER, common_folder, is_dataset
+from gpuroi.cohort._discover import (
+    DESCRIPTION,
+    FAILURES,
+    OVERLAP,
+    PAGE,
+    PAGE_FOLDER,
+    SUMMARIES,
+    TABLE,
+    common_folder,
+    is_dataset,
+)
 from gpuroi.cohort._engines import Engine, each_outcome, in_units
 from gpuroi.cohort._ledger import Record
 from gpuroi.cohort._outputs import one_line
-from gpuroi.cohort._tasks import Sum, sum_up
+from gpuroi.cohort._tasks import Sum, sum_of, sum_up
 from gpuroi.errors import WorkerDiedError
 from gpuroi.overlap import Overlap
-
-_TABLE, _OVERLAP, _FAILURES = "regions.tsv", "overlap.nii.gz", "failures.tsv"
 
 # Of what is in failures.tsv.
 _FAILURE = ("source", "error", "message")
@@ -34,7 +42,7 @@ _PAGE_DATA = re.compile(r"\d{4,}\.js")
 
 def remove_summary(folder: Path) -> None:
     """Remove the summaries of an earlier run: they are not of what will be there."""
-    for name in (_TABLE, _OVERLAP, _FAILURES):
+    for name in (TABLE, OVERLAP, FAILURES):
         (folder / name).unlink(missing_ok=True)
     (folder / PAGE).unlink(missing_ok=True)
     remove_page_data(folder)
@@ -72,16 +80,15 @@ def write_summary(
     made = sorted(records, key=lambda record: record.stem)
     done = [record for record in made if record.status == "done"]
     paths = {"description": folder / DESCRIPTION}
-    summaries = (DESCRIPTION, _TABLE, _OVERLAP, _FAILURES, PAGE)
-    _remove_temporaries(folder, re.compile("|".join(map(re.escape, summaries))))
+    _remove_temporaries(folder, re.compile("|".join(map(re.escape, SUMMARIES))))
     _remove_temporaries(folder / PAGE_FOLDER, _PAGE_DATA)
     if not is_dataset(folder):  # of somebody else's, this is not ours to describe
         io.write_text(_description(sources, paths["description"]), paths["description"])
 
-    table, overlap_file = folder / _TABLE, folder / _OVERLAP
+    table, overlap_file = folder / TABLE, folder / OVERLAP
     overlap = Overlap()
     if sum(record.n_volumes for record in done) > 1:
-        _write_table(table, _sums(engine, done), overlap)
+        _write_table(table, _sums(folder, engine, done), overlap)
         paths["regions"] = table
     else:
         table.unlink(missing_ok=True)
@@ -96,7 +103,7 @@ def write_summary(
 
 def write_failures(folder: Path, records: Iterable[Record]) -> Path | None:
     """Write the failures of `records`; return where, if there are any."""
-    path = folder / _FAILURES
+    path = folder / FAILURES
     failures = [record for record in records if record.status == "failed"]
     if not failures:
         path.unlink(missing_ok=True)
@@ -105,7 +112,7 @@ def write_failures(folder: Path, records: Iterable[Record]) -> Path | None:
     return path
 
 
-def _sums(engine: Engine, done: list[Record]) -> Iterator[Sum]:
+def _sums(folder: Path, engine: Engine, done: list[Record]) -> Iterator[Sum]:
     """Yield the sums of runs of records, in order, as processes make them."""
     # What is sent to the processes is what they need.
     named = (replace(record, message="", warnings=()) for record in done)
@@ -113,30 +120,13 @@ def _sums(engine: Engine, done: list[Record]) -> Iterator[Sum]:
     place_of = {chunk[0].stem: place for place, chunk in enumerate(chunks)}
     early: dict[int, Sum] = {}
     place = 0
-    for chunk, outcome in _tried_twice(engine, chunks):
+    for chunk, outcome in each_outcome(engine, sum_up, chunks, 1):
+        if isinstance(outcome, WorkerDiedError):  # at once: others wait for it, in memory
+            outcome = sum_of(folder, chunk)
         early[place_of[chunk[0].stem]] = outcome
         while place in early:
             yield early.pop(place)
             place += 1
-
-
-def _tried_twice(
-    engine: Engine, chunks: list[tuple[Record, ...]]
-) -> Iterator[tuple[tuple[Record, ...], Sum]]:
-    """Yield what the processes make of each of `chunks`; one of them may be killed."""
-    died = []
-    for chunk, outcome in each_outcome(engine, sum_up, chunks, 1):
-        if isinstance(outcome, WorkerDiedError):
-            died.append(chunk)
-        else:
-            yield chunk, outcome
-    for chunk, outcome in each_outcome(engine, sum_up, died, 1):
-        if isinstance(outcome, WorkerDiedError):
-            raise WorkerDiedError(
-                "all maps have ended, but not their summaries: twice the process died that made "
-                "them. Run again to write them."
-            ) from outcome
-        yield chunk, outcome
 
 
 def _write_table(path: Path, sums: Iterable[Sum], overlap: Overlap) -> None:

@@ -203,14 +203,15 @@ def _write(tools: Tools, opened: _Opened) -> Record:
     """Write the files of a map, all or none, and return its record."""
     job, written, n_regions = tools.job, Written(tools.job.folder), 0
     names = output_names(opened.one.stem, len(opened.volumes))
-    _refuse_if_over(job)
     if opened.error is None:
         with _caught(opened):
             for name, volume, found in zip(names, opened.volumes, opened.found, strict=True):
                 regions = finish(volume, found[0], job.recipe, tools.described, found[1])
+                _refuse_if_over(job)
                 written.add(name, regions)
                 n_regions += len(regions)
     if opened.error is not None:
+        _refuse_if_over(job)
         written.undo()
         return failed(opened.one, job.parameters, opened.error, opened.identity, opened.warnings)
     return Record(
@@ -270,10 +271,17 @@ class Sum:
 
 def sum_up(tools: Tools, unit: tuple[tuple[Record, ...], ...]) -> list[Sum]:
     """Return the rows of all tables, each after the name of its map, and the overlap."""
-    return [_sum(tools.job.folder, records) for records in unit]
+    return [sum_of(tools.job.folder, records) for records in unit]
 
 
-def _sum(folder: Path, records: tuple[Record, ...]) -> Sum:
+def sum_of(folder: Path, records: tuple[Record, ...]) -> Sum:
+    """Return what holds of the maps of `records` together.
+
+    Raises
+    ------
+    OutputChangedError
+        If one of their files is not as it was written.
+    """
     header, rows, overlap = "", [], Overlap()
     for record in records:
         if not is_whole(folder, record):
@@ -299,7 +307,7 @@ def identify(path: str) -> tuple[int, int]:
             *(_identify(path[: match.start()] + kind + match[2]) for kind in (".hdr", ".img")),
             strict=True,
         )
-        return sum(sizes), max(times)
+        return (-1, -1) if min(sizes) < 0 else (sum(sizes), max(times))
     return _identify(path)
 
 
