@@ -1362,3 +1362,16 @@ def test_warnings_of_an_earlier_run_are_told_again_and_are_in_the_report():
 def test_names_of_files_are_not_taken_for_options():
     path = "threshold=3/method='abc'/gone.nii"
     assert run("extract", path).stderr == f"error: {path}: there is no such file.\n"
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_pipe_that_nobody_reads_ends_nothing(closed):
+    names = [write_map(f"m{number}.nii") for number in range(3)]
+    program = [sys.executable, "-m", "gpuroi", "extract", *names, "--threshold", "50%"]
+    command = [*program, "--min-region-size", "0", "--no-report"]  # warns, and prints tables
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        getattr(process, closed).close()
+        other = process.stderr if closed == "stdout" else process.stdout
+        said = other.read().decode()
+    assert process.returncode == 0
+    assert ("3 maps: 3 done" if closed == "stdout" else "m2_desc-regions_dseg.nii.gz: ") in said

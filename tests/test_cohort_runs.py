@@ -1,5 +1,6 @@
 """Cohorts: one run after another, or beside it, in the same folder."""
 
+import errno
 import json
 import os
 import signal
@@ -7,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import distributed
+import nibabel as nib
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -15,6 +18,7 @@ from gpuroi.cohort import _run, _tasks, extract_cohort, write_report
 from gpuroi.cohort._ledger import Ledger
 from gpuroi.errors import FolderInUseError, OutputChangedError, UnknownBackendError, WorkerDiedError
 from tests.cohort_files import RECIPE, contents, save_maps
+from tests.conftest import image
 
 OTHER = RECIPE | {"threshold": "95%"}
 
@@ -77,6 +81,30 @@ class TestMissingMaps:
         assert run(paths, out, OTHER).n_done == 3
         assert not [name for name in outputs(out) if name.startswith("m1")]
 
+    def test_keep_their_results_when_they_are_named_in_another_way(self, tmp_path, blobs):
+        paths = save_maps(tmp_path, [f"s{number}/spmT.nii" for number in (1, 2, 3)], blobs)
+        out = tmp_path / "out"
+        run(paths[0], out)
+        before = outputs(out)
+        away = paths[0].rename(tmp_path / "away")
+        run(paths, out)
+        assert len(outputs(out)) == 9
+        assert before.items() <= outputs(out).items()
+        away.rename(paths[0])
+        run(paths, out)
+        assert {Path(name).parent.name for name in outputs(out)} == {"s1", "s2", "s3"}
+
+    def test_are_missing_by_half(self, tmp_path, blobs):
+        for name in ("x", "y", "z"):
+            nib.Nifti1Pair(blobs(), np.eye(4)).to_filename(tmp_path / f"{name}.img")
+        paths = [tmp_path / "x.hdr", tmp_path / "y.hdr", tmp_path / "z.hdr"]
+        run(paths, tmp_path / "out")
+        before = outputs(tmp_path / "out")
+        (tmp_path / "x.hdr").rename(tmp_path / "x.away")
+        (tmp_path / "y.img").rename(tmp_path / "y.away")
+        assert len(run(paths, tmp_path / "out").failures) == 2
+        assert outputs(tmp_path / "out") == before
+
 
 class TestOtherMapsOfTheName:
     def test_are_refused_while_the_first_is_there(self, tmp_path, blobs):
@@ -89,6 +117,80 @@ class TestOtherMapsOfTheName:
         assert contents(out) == before
         run(paths, out)  # together, both keep their folders
         assert {Path(name).parent.name for name in outputs(out)} == {"s1", "s2"}
+
+    def test_are_refused_as_volumes_too(self, tmp_path, blobs):
+        paths = save_maps(tmp_path, ["A/a.nii", "B/a_vol-0001.nii"], blobs)
+        nib.save(image(np.stack([blobs(), blobs(seed=1)], axis=-1)), paths[0])
+        for first, second in (paths, paths[::-1]):
+            out = tmp_path / f"out-{first.stem}"
+            run(first, out)
+            before = contents(out)
+            with pytest.raises(ValueError, match=r"Name the folder that holds both \(/"):
+                run(second, out)
+            assert contents(out) == before
+
+    def test_are_refused_while_the_first_is_a_link_to_what_is_not_fetched(self, tmp_path, blobs):
+        paths = save_maps(tmp_path, ["annex/k.nii", "B/x.nii"], blobs)
+        (tmp_path / "A").mkdir()
+        (tmp_path / "A" / "x.nii").symlink_to("../annex/k.nii")
+        run(tmp_path / "A", tmp_path / "out")
+        paths[0].unlink()
+        with pytest.raises(ValueError, match="has the regions of"):
+            run(tmp_path / "B", tmp_path / "out")
+
+    def test_are_refused_while_nobody_can_tell(self, tmp_path, blobs, monkeypatch):
+        paths = save_maps(tmp_path, ["A/x.nii", "B/x.nii"], blobs)
+        run(paths[0], tmp_path / "out")
+        lstat = os.lstat
+
+        def stale(path, *arguments, **options):
+            if path == str(paths[0]):
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return lstat(path, *arguments, **options)
+
+        monkeypatch.setattr(os, "lstat", stale)
+        with pytest.raises(ValueError, match="has the regions of"):
+            run(paths[1], tmp_path / "out")
+
+    def test_do_not_stand_for_one_that_fails(self, tmp_path, blobs):
+        paths = save_maps(tmp_path / "top", ["A/x.nii", "B/y.nii"], blobs)
+        bad = tmp_path / "top" / "x.nii"
+        bad.write_bytes(b"no map")
+        out = tmp_path / "out"
+        run(paths[0], out)  # is called x, as the bad one is below
+        run(tmp_path / "top", out)
+        run(tmp_path / "top", tmp_path / "fresh")
+        assert contents(out) == contents(tmp_path / "fresh")
+
+    def test_do_not_stand_for_one_that_took_their_place_and_fails(self, tmp_path, blobs):
+        paths = save_maps(tmp_path / "A", ["x.nii", "y.nii"], blobs)
+        run(tmp_path / "A", tmp_path / "out")
+        (tmp_path / "A").rename(tmp_path / "B")
+        (tmp_path / "B" / paths[0].name).write_bytes(b"no map")
+        run(tmp_path / "B", tmp_path / "out")
+        assert {name[0] for name in outputs(tmp_path / "out")} == {"y"}
+
+    def test_of_shards_are_refused_without_a_trace(self, tmp_path, blobs):
+        for folder in ("A", "B"):
+            save_maps(tmp_path / folder, [f"{name}.nii" for name in "abcd"], blobs)
+        run(tmp_path / "A", tmp_path / "out", shard=(1, 2))
+        with pytest.raises(ValueError, match="has the regions of"):
+            run(tmp_path / "B", tmp_path / "out", shard=(1, 2))
+        assert "regions" in run(tmp_path / "A", tmp_path / "out", shard=(2, 2)).summary
+
+    def test_of_other_shards_and_beyond_the_limit_are_no_matter(self, tmp_path, blobs):
+        save_maps(tmp_path / "A", ["b.nii"], blobs)
+        save_maps(tmp_path / "B", ["a.nii", "b.nii"], blobs)
+        run(tmp_path / "A", tmp_path / "out")
+        for options in ({"limit": 1}, {"shard": (1, 2)}):
+            assert len(run(tmp_path / "B", tmp_path / "out", **options).maps) == 1
+
+    def test_are_one_map_by_a_hard_link(self, tmp_path, blobs):
+        (path,) = save_maps(tmp_path, ["A/x.nii"], blobs)
+        run(path, tmp_path / "out")
+        (tmp_path / "B").mkdir()
+        (tmp_path / "B" / "x.nii").hardlink_to(path)
+        assert run(tmp_path / "B", tmp_path / "out").n_done == 1
 
     def test_take_a_place_that_is_empty(self, tmp_path, blobs):
         paths = save_maps(tmp_path, ["s1/x.nii", "s2/x.nii"], blobs)
@@ -136,6 +238,14 @@ class TestSummingUp:
             report = run(tmp_path / name, out)
         described = json.loads(report.summary["description"].read_text())
         assert [Path(one["URL"]).name for one in described["SourceDatasets"]] == ["one", "two"]
+
+    def test_datasets_whose_maps_have_gone_are_not_named(self, tmp_path, blobs):
+        save_maps(tmp_path / "d" / "A", ["x.nii", "y.nii"], blobs)
+        run(tmp_path / "d" / "A", tmp_path / "out")
+        (tmp_path / "d" / "A").rename(tmp_path / "d" / "B")
+        run(tmp_path / "d" / "B", tmp_path / "out")
+        run(tmp_path / "d" / "B", tmp_path / "fresh")
+        assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
     def test_names_with_quotes_stay_whole(self, tmp_path, blobs):
         save_maps(tmp_path / "m", ['"a.nii', 'b"".nii', "c.nii"], blobs)
@@ -220,6 +330,24 @@ class TestTemporaryFiles:
             run(cohort, tmp_path / "out")
 
 
+class TestLeftovers:
+    def test_go_though_their_map_has_gone(self, tmp_path, blobs):
+        paths = save_maps(tmp_path / "m", ["x.nii", "y.nii"], blobs)
+        out = tmp_path / "out"
+        run(paths[1], out)
+        with Ledger(out, None) as ledger:
+            ledger.begin("x")
+        for name in ("x_desc-regions_dseg.nii.gz", ".x_desc-regions_dseg.tsv.4711-0a1b2c3d.tmp"):
+            (out / name).touch()
+        paths[0].unlink()
+        run(tmp_path / "m", out)
+        assert not [name for name in contents(out) if "x_" in name]
+        theirs = out / "x_desc-regions_dseg.nii.gz"
+        theirs.touch()  # later, by hand
+        run(tmp_path / "m", out)
+        assert theirs.exists()
+
+
 class TestClusters:
     @pytest.fixture(scope="class")
     def client(self):
@@ -258,6 +386,21 @@ class TestClusters:
         with pytest.raises(FolderInUseError, match="another run, which has begun since"):
             _tasks.extract(tools, (replace(one, stem="other"),))
         assert contents(out) == before
+
+    def test_a_worker_stops_in_the_middle_of_a_series(self, tmp_path, blobs, monkeypatch):
+        data = np.stack([blobs(seed=seed) for seed in range(4)], axis=-1)
+        nib.save(image(data), tmp_path / "x.nii")
+        add = _tasks.Written.add
+
+        def begin_another(written, name, regions):
+            add(written, name, regions)
+            for path in (tmp_path / "out" / ".gpuroi").glob("*.run"):
+                path.write_text("another")
+
+        monkeypatch.setattr(_tasks.Written, "add", begin_another)
+        with pytest.raises(FolderInUseError, match="another run, which has begun since"):
+            run(tmp_path / "x.nii", tmp_path / "out")
+        assert {name[:10] for name in outputs(tmp_path / "out")} == {"x_vol-0000"}
 
 
 def _pretend_to_be(version):
