@@ -15,6 +15,7 @@ import pytest
 
 import gpuroi
 from gpuroi.cohort import _run, _tasks, extract_cohort, write_report
+from gpuroi.cohort._engines import each_outcome
 from gpuroi.cohort._ledger import Ledger
 from gpuroi.errors import FolderInUseError, OutputChangedError, UnknownBackendError, WorkerDiedError
 from tests.cohort_files import RECIPE, contents, save_maps
@@ -247,6 +248,14 @@ class TestSummingUp:
         run(tmp_path / "d" / "B", tmp_path / "fresh")
         assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
+    def test_datasets_whose_maps_failed_since_are_not_named(self, tmp_path, blobs):
+        (path, _) = save_maps(tmp_path, ["one/x.nii", "two/y.nii"], blobs)
+        run(tmp_path / "one", tmp_path / "out")
+        path.write_bytes(b"no map")
+        run(tmp_path / "one", tmp_path / "out")
+        described = run(tmp_path / "two", tmp_path / "out").summary["description"].read_text()
+        assert [Path(one["URL"]).name for one in json.loads(described)["SourceDatasets"]] == ["two"]
+
     def test_names_with_quotes_stay_whole(self, tmp_path, blobs):
         save_maps(tmp_path / "m", ['"a.nii', 'b"".nii', "c.nii"], blobs)
         table = pd.read_csv(run(tmp_path / "m", tmp_path / "out").summary["regions"], sep="\t")
@@ -328,6 +337,25 @@ class TestTemporaryFiles:
             WorkerDiedError, match=r"No space left on device\); the folder for temp"
         ):
             run(cohort, tmp_path / "out")
+
+
+class _Blaming:
+    """An engine of which all units die that are there when job 4 kills, as on a Dask worker."""
+
+    knows_who_killed = False
+
+    def run(self, task, units):
+        units = list(units)
+        is_deadly = any(4 in unit for unit in units)
+        for unit in units:
+            yield unit, WorkerDiedError("killed") if is_deadly else [job**2 for job in unit]
+
+
+@pytest.mark.parametrize("unit_size", [1, 3])
+def test_only_what_kills_is_lost_whoever_is_blamed(unit_size):
+    outcomes = dict(each_outcome(_Blaming(), None, range(6), unit_size))
+    assert isinstance(outcomes.pop(4), WorkerDiedError)
+    assert outcomes == {job: job**2 for job in (0, 1, 2, 3, 5)}
 
 
 class TestLeftovers:
