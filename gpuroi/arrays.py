@@ -26,10 +26,10 @@ __all__ = ["label", "percentile_cutoff", "region_sizes", "remove_small", "thresh
 def percentile_cutoff(
     maps: Array, percentile: float, *, tail: Tail = "both", population: Array | None = None
 ) -> float | NDArray[np.float64]:
-    """Return the smallest magnitude above the percentile of each volume, in map units.
+    """Return the next number above a percentile of magnitudes, of each volume, in map units.
 
-    With it, `threshold` and `label` keep what is above the percentile, as all functions of images
-    do: of voxels that tie with it, none. The percentile of n sorted magnitudes is that at place
+    With it, `threshold` and `label` keep what is above the percentile, as `extract_regions` does:
+    of voxels that tie with it, none. The percentile of n sorted magnitudes is that at place
     ``percentile / 100 * (n - 1)``, counted from 0, interpolated linearly between neighbours:
     definition 7 of Hyndman and Fan, "Sample quantiles in statistical packages", The American
     Statistician 50(4), 1996, doi:10.2307/2684934.

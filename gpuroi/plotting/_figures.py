@@ -81,8 +81,8 @@ def plot_stat_map(
         Part of the figure to use; a tuple is in fractions of the figure.
     title : str, optional
     threshold : float, str or None
-        Magnitudes below are not drawn: a number in map units, a percentile of magnitudes such as
-        ``"97%"``, or ``"auto"``, the 80th. None draws all.
+        What is drawn: magnitudes from a number in map units on, those above a percentile such as
+        ``"97%"``, or ``"auto"``, from the 80th percentile on. 0 leaves out zeros, None nothing.
     annotate : bool
         Write the place of cuts in mm, and L and R.
     draw_cross : bool

@@ -15,12 +15,11 @@ _LEAST_BINS, _MOST_BINS = 6, 24
 
 
 def histogram_of_counts(counts: Sequence[int], title: str) -> str:
-    """Return a histogram of whole numbers, each in the middle of its bar where there is room."""
+    """Return a histogram of whole numbers; of several in a bar, the lowest is at its left."""
     width = -(-(max(counts) - min(counts) + 1) // _MOST_BINS)
     edges = np.arange(min(counts) - 0.5, max(counts) + width + 0.5, width)
     every = -(-(edges.size - 1) // 8)
-    middles = [float(edge) + width / 2 for edge in edges[:-1:every]]
-    ticks = [(middle, f"{middle:.0f}") for middle in middles]
+    ticks = [(edge + 0.5, f"{edge + 0.5:,.0f}") for edge in edges[:-1:every].tolist()]
     return _histogram(np.asarray(counts, np.float64), edges, ticks, title, "maps")
 
 
@@ -30,18 +29,24 @@ def histogram_of_volumes(volumes_mm3: Sequence[float], title: str) -> str:
     low, high = float(logarithms.min()), float(logarithms.max())
     if high - low < 0.5:  # one size has an axis, too
         low, high = low - 0.25, high + 0.25
-    n_bins = min(_MOST_BINS, max(_LEAST_BINS, math.ceil(math.sqrt(logarithms.size)) * 2))
+    n_bins = 1 + min(_MOST_BINS, max(_LEAST_BINS, math.ceil(math.sqrt(logarithms.size)) * 2))
     edges = np.linspace(low, high * (1 + 1e-12) + 1e-12, n_bins + 1)
     steps = [(1, 0.0), (2, math.log10(2)), (5, math.log10(5))]
     if high - low > 3:
         steps = steps[:1]
     ticks = [
-        (decade + offset, f"{digit * 10.0**decade:,.6g}")
+        (decade + offset, _volume(digit * 10.0**decade))
         for decade in range(math.floor(low), math.ceil(high) + 1)
         for digit, offset in steps
         if low <= decade + offset <= high
     ]
+    if len(set(volumes_mm3)) == 1:
+        ticks = [(float(logarithms[0]), _volume(volumes_mm3[0]))]
     return _histogram(logarithms, edges, ticks, title, "regions")
+
+
+def _volume(mm3: float) -> str:
+    return f"{mm3:,.0f}" if mm3 >= 1 else f"{mm3:.6g}"
 
 
 def _histogram(
@@ -77,8 +82,10 @@ def _histogram(
         )
         if height
     ]
+    most_right = _WIDTH - _RIGHT - 30
     marks = [
-        f'<text x="{x(place):.1f}" y="{base + 15}" text-anchor="middle">{escape(text)}</text>'
+        f'<text x="{x(place):.1f}" y="{base + 15}" '
+        f'text-anchor="{"end" if x(place) > most_right else "middle"}">{escape(text)}</text>'
         for place, text in ticks
     ]
     return (
