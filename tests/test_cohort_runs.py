@@ -359,6 +359,17 @@ def test_only_what_kills_is_lost_whoever_is_blamed(unit_size):
 
 
 class TestLeftovers:
+    def test_go_with_what_they_were_to_replace(self, tmp_path, blobs):
+        paths = save_maps(tmp_path / "m", ["x.nii", "y.nii"], blobs)
+        out = tmp_path / "out"
+        run(tmp_path / "m", out)
+        with Ledger(out, None) as ledger:
+            ledger.begin("x")
+        (out / "x_desc-regions_dseg.nii.gz").write_bytes(b"of other parameters")
+        paths[0].unlink()
+        run(tmp_path / "m", out)
+        assert {name[0] for name in outputs(out)} == {"y"}
+
     def test_go_though_their_map_has_gone(self, tmp_path, blobs):
         paths = save_maps(tmp_path / "m", ["x.nii", "y.nii"], blobs)
         out = tmp_path / "out"

@@ -367,8 +367,13 @@ class _Run:
         """Remove what a run has left of maps that was killed before it wrote them down."""
         remove_temporaries(self._job.folder, stems)
         unended = self._ledger.unended.keys() & stems
-        owners = (self._ledger.owners.get(stem) for stem in unended)
-        known = {name for one in owners if one for name in output_names(one.stem, one.n_volumes)}
+        known: set[str] = set()
+        for owner in filter(None, map(self._ledger.owners.get, unended)):
+            names = set(output_names(owner.stem, owner.n_volumes))
+            if is_whole(self._job.folder, owner):
+                known |= names
+            else:  # some were about to be replaced
+                remove_outputs(self._job.folder, names)
         for name in self._written(unended) - known:
             begun_ns = max(self._ledger.unended.get(stem, 0) for stem in stems_of_name(name))
             remove_outputs(self._job.folder, [name], since_ns=begun_ns)
