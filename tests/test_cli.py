@@ -1360,8 +1360,8 @@ def test_warnings_of_an_earlier_run_are_told_again_and_are_in_the_report():
 
 
 def test_names_of_files_are_not_taken_for_options():
-    path = "threshold=3/method='abc'/gone.nii"
-    assert run("extract", path).stderr == f"error: {path}: there is no such file.\n"
+    for path in ("threshold=3/method='abc'/gone.nii", "threshold=3.0_tmap.nii.gz"):
+        assert run("extract", path).stderr == f"error: {path}: there is no such file.\n"
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])

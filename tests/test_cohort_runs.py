@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -193,6 +194,29 @@ class TestOtherMapsOfTheName:
         (tmp_path / "B" / "x.nii").hardlink_to(path)
         assert run(tmp_path / "B", tmp_path / "out").n_done == 1
 
+    def test_do_not_stand_for_one_that_still_fails_or_is_missing(self, tmp_path, blobs):
+        paths = save_maps(tmp_path / "top", ["sub/x.nii", "x.nii"], blobs)
+        for content in (b"no map", None):
+            out = tmp_path / f"out-{content}"
+            paths[1].write_bytes(b"no map")
+            if content is None:
+                paths[1].unlink()
+            run(paths, out)
+            run(paths[0], out)  # is called x now
+            run(paths, out)
+            assert {Path(name).parent.name for name in outputs(out)} == {"sub"}
+
+    def test_are_all_looked_at_where_several_are_called_like_volumes(self, tmp_path, blobs):
+        names = ["A/a_vol-0000.nii", "A/a_vol-0001.nii", "B/a.nii", "C/a_vol-00001.nii"]
+        paths = save_maps(tmp_path, names, blobs)
+        nib.save(image(np.stack([blobs(), blobs(seed=1)], axis=-1)), paths[2])
+        run(tmp_path / "A", tmp_path / "out")
+        paths[1].unlink()
+        with pytest.raises(ValueError, match="a_vol-0000 and a may be called the same"):
+            run(tmp_path / "B", tmp_path / "out")
+        run(tmp_path / "B", tmp_path / "other")
+        assert run(tmp_path / "C", tmp_path / "other").n_done == 1  # no volume has so many digits
+
     def test_take_a_place_that_is_empty(self, tmp_path, blobs):
         paths = save_maps(tmp_path, ["s1/x.nii", "s2/x.nii"], blobs)
         out = tmp_path / "out"
@@ -356,6 +380,22 @@ def test_only_what_kills_is_lost_whoever_is_blamed(unit_size):
     outcomes = dict(each_outcome(_Blaming(), None, range(6), unit_size))
     assert isinstance(outcomes.pop(4), WorkerDiedError)
     assert outcomes == {job: job**2 for job in (0, 1, 2, 3, 5)}
+
+
+def test_a_process_that_dies_idle_costs_no_map(cohort, tmp_path):
+    run(cohort, tmp_path / "out")
+    changed = sorted(cohort.rglob("*.nii.gz"))[:3]
+    for path in changed:
+        os.utime(path)
+
+    def kill_one(progress):
+        if progress.latest is None:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+                child.join()
+
+    report = extract_cohort(cohort, tmp_path / "out", RECIPE, jobs=2, on_progress=kill_one)
+    assert (report.n_done, report.n_skipped, report.failures) == (3, 9, ())
 
 
 class TestLeftovers:

@@ -57,7 +57,7 @@ _PARAMETER = re.compile(
     r"(?:^|(?<=; )|(?<=pass )|(?<=with )|(?<=for )|(?<=\())"
     r"(threshold|tail|population|method|connectivity|min_region_size|smoothing_fwhm|seed_distance"
     r"|backend|jobs|batch_size|limit|on_gpu_error|mask_img)"
-    r"(?:='([^']*)'(?!/)|=(?!\S*/)|(?:(?<=mask_img)|(?<=population)) )"
+    r"(?:='([^']*)'(?!/)|=(?!\S*[/:])|(?:(?<=mask_img)|(?<=population)) )"
 )
 
 

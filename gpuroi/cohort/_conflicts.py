@@ -15,6 +15,7 @@ from gpuroi.cohort._discover import (
 )
 from gpuroi.cohort._ledger import LEDGER_FOLDER, Ledger, Record
 from gpuroi.cohort._outputs import output_names, series_of, stems_of_output
+from gpuroi.result import ENDING
 
 
 def refuse_to_replace(folder: Path, maps: list[MapFile], masks: Iterable[str] = ()) -> None:
@@ -50,9 +51,10 @@ def refuse_to_forget(folder: Path, maps: list[MapFile], named: Set[str], ledger:
 
     `named` are the paths of all maps of this call, of which `maps` are to be worked on.
     """
-    volumes = {
-        series_of(stem): owner for stem, owner in ledger.owners.items() if series_of(stem) != stem
-    }
+    volumes: dict[str, list[Record]] = {}
+    for stem, owner in ledger.owners.items():
+        if series_of(stem) != stem:
+            volumes.setdefault(series_of(stem), []).append(owner)
     for one in maps:
         for rival in _rivals(one, ledger.owners, volumes):
             if (
@@ -64,23 +66,24 @@ def refuse_to_forget(folder: Path, maps: list[MapFile], named: Set[str], ledger:
                 above = common_folder([*map(os.path.dirname, (rival.source, one.source))])
                 raise ValueError(
                     f"{folder} has the regions of {rival.source}, which those of {one.source} may "
-                    f"replace, as they are called {one.stem}, too. Name the folder that holds both"
-                    f"{'' if above is None else f' ({above})'}, remove the regions of the first, "
+                    f"replace: {rival.stem} and {one.stem} may be called the same. Name the folder "
+                    f"that holds both{'' if above is None else f' ({above})'}, remove the regions of the first, "
                     "or write to another folder."
                 )
 
 
 def _rivals(
-    one: MapFile, owners: Mapping[str, Record], volumes: Mapping[str, Record]
+    one: MapFile, owners: Mapping[str, Record], volumes: Mapping[str, list[Record]]
 ) -> Iterator[Record]:
     """Yield whose results may be called like those of `one`, or like a volume of it."""
     if one.stem in owners:
         yield owners[one.stem]
-    if one.stem in volumes:
-        yield volumes[one.stem]
-    series = series_of(one.stem)
-    if series != one.stem and series in owners and owners[series].n_volumes > 1:
-        yield owners[series]
+    yield from volumes.get(one.stem, [])
+    series = owners.get(series_of(one.stem))
+    if series and series.stem != one.stem:
+        names = output_names(series.stem, series.n_volumes)
+        if f"{one.stem}{ENDING}" in names:
+            yield series
 
 
 def _may_be_there(path: str) -> bool:

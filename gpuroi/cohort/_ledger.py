@@ -362,9 +362,10 @@ def _is_locked(ledger: Path) -> bool:
 
 
 def _latest_records(folder: Path) -> Iterator[Record]:
-    """Yield, of each ledger of `folder`, how each map was done last, and how it failed last."""
+    """Yield, of each ledger of `folder`, how each map was done and failed last by each name."""
     for path in folder.glob("ledger*.jsonl"):
-        yield from {(record.source, record.status): record for record in _read(path)}.values()
+        latest = {(record.source, record.status, record.stem): record for record in _read(path)}
+        yield from latest.values()
 
 
 def _is_newer(record: Record, known: Record | None) -> bool:

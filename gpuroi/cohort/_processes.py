@@ -128,8 +128,10 @@ class Processes(Engine):
         # all end together.
         n_left = len(pending.look_ahead(2 * self._n_workers * _AHEAD))
         share = max(1, n_left // (2 * self._n_workers))
-        for worker in self._workers:
-            if not worker.assigned and pending:
+        for worker in list(self._workers):
+            if worker.is_ready and not worker.assigned and not worker.process.is_alive():
+                self._workers.remove(worker)  # it died idle: no unit's fault
+            elif not worker.assigned and pending:
                 units = pending.take(min(share, _AHEAD))
                 worker.assigned.extend(units)
                 with contextlib.suppress(OSError):  # it has died; the next wait finds out

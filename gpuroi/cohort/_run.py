@@ -287,6 +287,7 @@ class _Run:
         self._job = job
         self._ledger = ledger
         self._stems = {one.stem for one in everything}
+        self._sources = {one.source for one in everything}
         self._on_progress = on_progress
         self.n_done = 0
         self.n_skipped = 0
@@ -341,6 +342,8 @@ class _Run:
         self._tell(len(todo), None)
         self._remove_leftovers({one.stem for one in todo} | self._ledger.leftovers)
         self._ledger.settle()
+        for kept in self.failures:
+            remove_outputs(self._job.folder, self._superseded_by(kept))
         if todo:
             remove_summary(self._job.folder)
         outcome: Any
@@ -398,7 +401,9 @@ class _Run:
             if owner.stem != now.stem and owner.source != now.source:
                 continue
             of_these = owner.parameters == now.parameters
-            if now.is_missing and of_these and is_whole(self._job.folder, owner):
+            is_elsewhere = owner.source != now.source and owner.source in self._sources
+            is_kept = now.is_missing and of_these and not is_elsewhere
+            if is_kept and is_whole(self._job.folder, owner):
                 continue
             superseded |= {
                 name
