@@ -64,11 +64,12 @@ def refuse_to_forget(folder: Path, maps: list[MapFile], named: Set[str], ledger:
                 and _has_outputs(folder, rival)
             ):
                 above = common_folder([*map(os.path.dirname, (rival.source, one.source))])
+                place = "" if above is None else f" ({above})"
                 raise ValueError(
                     f"{folder} has the regions of {rival.source}, which those of {one.source} may "
                     f"replace: {rival.stem} and {one.stem} may be called the same. Name the folder "
-                    f"that holds both{'' if above is None else f' ({above})'}, remove the regions of the first, "
-                    "or write to another folder."
+                    f"that holds both{place}, remove the regions of the first, or write to another "
+                    "folder."
                 )
 
 
