@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from gpuroi import io
 from gpuroi.algorithms.threshold import Threshold
@@ -24,39 +24,31 @@ _MOST_READERS = 16
 _LOWEST_LIKELY_PERCENTILE = 50
 
 
+class _Parameters(TypedDict, total=False):
+    tail: Tail
+    population: Literal["all", "nonzero"] | ImageLike
+    mask_img: ImageLike | None
+    method: Method
+    connectivity: Connectivity
+    min_region_size: float
+    smoothing_fwhm: float
+    seed_distance: int
+    resample_mask: bool
+    backend: str | Backend
+
+
+# A list of a 4-D image, too, which its type does not tell.
 @overload
-def extract_regions(  # type: ignore[overload-overlap]  # a path is a sequence of str, too
-    img: ImageLike,
-    threshold: float | str = "97%",
-    *,
-    tail: Tail = "both",
-    population: Literal["all", "nonzero"] | ImageLike = "all",
-    mask_img: ImageLike | None = None,
-    method: Method = "connected_components",
-    connectivity: Connectivity = 6,
-    min_region_size: float = 0.0,
-    smoothing_fwhm: float = 6.0,
-    seed_distance: int = 10,
-    resample_mask: bool = False,
-    backend: str | Backend = "auto",
-) -> Regions | Any: ...  # a list of a 4-D image, which its type does not tell
+def extract_regions(
+    img: ImageLike, threshold: float | str = "97%", **parameters: Unpack[_Parameters]
+) -> Regions | Any: ...
 
 
 @overload
 def extract_regions(
-    img: Sequence[ImageLike] | Iterator[ImageLike],
+    img: list[Any] | tuple[Any, ...] | Iterator[Any],
     threshold: float | str = "97%",
-    *,
-    tail: Tail = "both",
-    population: Literal["all", "nonzero"] | ImageLike = "all",
-    mask_img: ImageLike | None = None,
-    method: Method = "connected_components",
-    connectivity: Connectivity = 6,
-    min_region_size: float = 0.0,
-    smoothing_fwhm: float = 6.0,
-    seed_distance: int = 10,
-    resample_mask: bool = False,
-    backend: str | Backend = "auto",
+    **parameters: Unpack[_Parameters],
 ) -> list[Regions]: ...
 
 

@@ -38,8 +38,8 @@ def refuse_to_replace(folder: Path, maps: list[MapFile], masks: Iterable[str] = 
         if is_summary or not written.get(parent, set()).isdisjoint(stems_of_output(name)):
             raise ValueError(f"{path} would be replaced by an output; write to another folder.")
     if not (folder / LEDGER_FOLDER).is_dir():
-        for name in (*(set(SUMMARIES) - {DESCRIPTION}), PAGE_FOLDER):
-            if os.path.lexists(folder / name):
+        for name in (*SUMMARIES, PAGE_FOLDER):
+            if name != DESCRIPTION and os.path.lexists(folder / name):
                 raise ValueError(
                     f"{folder / name} is there already, and not of gpuroi, which has no "
                     f"{LEDGER_FOLDER} there; move it away, or write to another folder."

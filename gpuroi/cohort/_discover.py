@@ -22,7 +22,7 @@ _NAMES_IGNORE_CASE = sys.platform in ("win32", "darwin")
 #: A folder with this file is a BIDS dataset.
 DESCRIPTION = "dataset_description.json"
 
-# Removed when a run begins, as they are not of what will be there.
+#: Of a whole cohort: tables, overlap, failures, and the page with what lies beside it.
 TABLE, OVERLAP, FAILURES = "regions.tsv", "overlap.nii.gz", "failures.tsv"
 PAGE, PAGE_FOLDER = "report.html", "report_data"
 SUMMARIES = (TABLE, OVERLAP, FAILURES, DESCRIPTION, PAGE)
